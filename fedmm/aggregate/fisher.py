@@ -1,0 +1,59 @@
+"""Fisher merging: weigh each client's coordinate by how sure that client is of it.
+
+    w_j <- w_j + sum_k c_kj (w_kj - w_j) / sum_k c_kj,   c_kj = p_k F_kj / mean_j(F_kj)
+
+The division by the tensor's mean (its trace over its size) is `normalise: trace`. Without it a client with a large
+loss dominates every coordinate. A coordinate of which nobody is sure (sum_k c_kj / sum_k p_k below `floor`) takes the
+plain mean: with B = 0 at the start dL/dA = 0, and a modality that nobody has seen has no Fisher at all.
+Source: Matena & Raffel 2022, section 2.3 (diagonal Fisher, weights lambda_k); FedNano 2025 applies it to NanoAdapters.
+The normalisation and the fall-back are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmm import tree
+from fedmm.aggregate import running
+from fedmm.types import State, Update
+
+
+def fisher(
+    current: State,
+    updates: Iterable[Update],
+    memory: State,
+    *,
+    weights: running.Weights = "examples",
+    normalise: Literal["trace", "none"] = "trace",
+    floor: float = 1e-8,
+) -> tuple[State, State]:
+    """Merge deltas by diagonal Fisher information. Holds one update at a time.
+
+    Raises ValueError where an update carries no Fisher: `rule=fisher` needs a method that makes one.
+    """
+    mean, sure = tree.zeros_like(current), tree.zeros_like(current)
+    certainty, total = tree.zeros_like(current), 0.0
+    for update in updates:
+        if update.fisher is None:
+            raise ValueError(
+                f"rule=fisher needs a Fisher from every client, client {update.client} sent none; "
+                "set method=fednano or method=fednano_ef, or rule=mean"
+            )
+        p = running.share(update, weights)
+        total += p
+        for name in current:
+            c = p * _normalised(update.fisher[name], normalise)
+            certainty[name] = certainty[name] + c
+            sure[name] = running.step(sure[name], update.delta[name], c, certainty[name])
+            mean[name] = running.step(mean[name], update.delta[name], p, total)
+    merged = {name: torch.where(certainty[name] > floor * total, sure[name], mean[name]) for name in current}
+    return tree.add(current, merged), memory
+
+
+def _normalised(fisher: Tensor, normalise: str) -> Tensor:
+    average = fisher.mean()
+    return fisher / average if normalise == "trace" and average > 0 else fisher

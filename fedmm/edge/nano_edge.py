@@ -1,0 +1,156 @@
+"""The NanoEdge: image and question in, `Embeds` for the LLM out. Its frozen parts come from the host.
+
+    base = connector(encoder(image)) at image positions, token table elsewhere
+    out  = base + sum over the adapters in use of (1 / how many) * their low-rank term
+
+Adapters come in named sets: `shared` travels, `local` stays on the client, `frozen` is a copy of shared made on
+arrival. Every set holds the same names, so that one set's state loads into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from fedmm.edge.adapters import NanoAdapter
+from fedmm.types import Batch, Embeds, State, TokenTerm
+
+
+@dataclass(frozen=True)
+class Lora:
+    """peft LoRA inside the encoder and connector, off at rank 0. Names of modules as peft's `target_modules`."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: Sequence[str] = ("q_proj", "v_proj", "linear_1", "linear_2")
+
+
+class NanoEdge(nn.Module):
+    """Encoder, connector, token table, and named sets of adapters; only adapters have gradients."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        connector: nn.Module,
+        table_VD: Float[Tensor, "V D"],
+        *,
+        layer: int | Sequence[int] = -2,
+        drop_first: bool = True,
+        sets: Sequence[str] = ("shared",),
+        rank: int = 16,
+        alpha: float = 32.0,
+        lora: Lora | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.connector = connector.eval().requires_grad_(False)
+        self.register_buffer("table_VD", table_VD, persistent=False)
+        self._layer, self._drop_first = layer, drop_first
+        width = table_VD.shape[1]
+        kinds = ("image", "text")
+        self.adapters = nn.ModuleDict(
+            {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in kinds}) for name in sets}
+        )
+        self.lora = bool(lora and lora.rank)
+        if lora and lora.rank:
+            _inject(self.encoder, self.connector, sets, lora)
+
+    def encode(self, pixels_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P E"]:
+        """The encoder's features of the chosen layers side by side, without the class token where it is dropped."""
+        hidden = self.encoder(pixels_BCHW, output_hidden_states=True).hidden_states
+        layers = [self._layer] if isinstance(self._layer, int) else self._layer
+        return torch.cat([hidden[layer][:, 1:] if self._drop_first else hidden[layer] for layer in layers], dim=-1)
+
+    def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
+        """The embeddings of a batch with the named sets acting together, each with weight 1 / len(use)."""
+        if self.lora:
+            self._switch(use)
+        if batch.features_BPE is not None:
+            features_BPE = batch.features_BPE
+        else:
+            assert batch.pixels is not None, "a batch holds pixels or features"
+            features_BPE = self.encode(batch.pixels)
+        image_ND = self.connector(features_BPE).flatten(0, 1)
+        text_BTD = nn.functional.embedding(batch.tokens_BT, self.table_VD).to(image_ND.dtype)
+        image_N = batch.image_BT.flatten().nonzero().squeeze(1)
+        text_N = (batch.mask_BT & ~batch.image_BT).flatten().nonzero().squeeze(1)
+        if len(image_N) != len(image_ND):
+            raise ValueError(f"{len(image_N)} image positions for {len(image_ND)} image features")
+        base_ND = text_BTD.flatten(0, 1).index_copy(0, image_N, image_ND)
+        at = {"image": image_N, "text": text_N}
+        terms = [
+            self.adapters[name][kind].term(base_ND[positions_N], positions_N, 1 / len(use))
+            for name in use
+            for kind, positions_N in at.items()
+        ]
+        return Embeds(base_ND.view_as(text_BTD), tuple(terms)), batch.mask_BT
+
+    def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
+        """The text adapters in use, as `generate` takes them along."""
+        return [self.adapters[name]["text"].token_term(1 / len(use)) for name in use]
+
+    def trainable(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one set, under names that are the same in every set: `text.up`, `encoder....lora_A`."""
+        own = dict(self.adapters[name].named_parameters())
+        if self.lora:
+            for part in ("encoder", "connector"):
+                for path, parameter in getattr(self, part).named_parameters():
+                    if f".{name}.weight" in path and "lora_" in path:
+                        own[f"{part}.{path.replace(f'.{name}.weight', '')}"] = parameter
+        return own
+
+    def state(self, name: str = "shared") -> State:
+        """A copy of one set."""
+        return {key: parameter.detach().clone() for key, parameter in self.trainable(name).items()}
+
+    def load(self, state: State, name: str = "shared") -> None:
+        """Write `state` into one set. Raises ValueError where names or shapes differ."""
+        own = self.trainable(name)
+        if own.keys() != state.keys():
+            raise ValueError(f"adapters differ: {sorted(own.keys() ^ state.keys())[:3]}; use the same edge.* everywhere")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                if parameter.shape != state[key].shape:
+                    raise ValueError(f"{key}: {tuple(state[key].shape)} into {tuple(parameter.shape)}; same edge.rank?")
+                parameter.copy_(state[key])
+
+    def reset(self, generator: torch.Generator, name: str = "shared") -> None:
+        """Start one set: every A drawn from `generator` in the order of names, every B zero."""
+        for adapter in self.adapters[name].values():
+            adapter.reset(generator)
+        with torch.no_grad():
+            for key, parameter in self.trainable(name).items():
+                if key.endswith("lora_A"):
+                    parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=generator)
+                elif key.endswith("lora_B"):
+                    parameter.zero_()
+
+    def freeze_all_but(self, names: Sequence[str]) -> None:
+        """Let exactly the named sets be trained."""
+        for name in self.adapters:
+            for parameter in self.trainable(name).values():
+                parameter.requires_grad_(name in names)
+
+    def _switch(self, use: Sequence[str]) -> None:
+        if len(use) != 1:
+            raise ValueError(f"edge.lora acts with one set of adapters at a time, got {list(use)}; set edge.lora.rank=0")
+        for module in self.modules():
+            if hasattr(module, "lora_A"):
+                module.set_adapter(use[0])
+
+
+def _inject(encoder: nn.Module, connector: nn.Module, sets: Sequence[str], lora: Lora) -> None:
+    from peft import LoraConfig, inject_adapter_in_model  # seconds to import
+
+    for part in (encoder, connector):
+        names = {path.rsplit(".", 1)[-1] for path, _ in part.named_modules()}
+        targets = [name for name in lora.targets if name in names]
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
+        for name in sets if targets else ():
+            inject_adapter_in_model(config, part, adapter_name=name)
+    if not any("lora_" in path for part in (encoder, connector) for path, _ in part.named_parameters()):
+        raise ValueError(f"edge.lora.targets={list(lora.targets)} names no module of the encoder or connector")

@@ -1,0 +1,1 @@
+"""Scores: what a model answers, and whether it is right."""

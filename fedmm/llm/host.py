@@ -1,0 +1,380 @@
+"""The server's end of the link: one frozen LLM, many sessions, the round's state down and the clients' updates up.
+
+A session is one client's stream for one round, let in by a token that only the server can make. Everything a client
+sends is checked here, before it touches the LLM or the round: a mistake is answered with its reason and harms neither
+the host nor another session; what is no frame ends the session.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from fedmm import tree
+from fedmm.llm import wire
+from fedmm.llm.local import LocalLLM
+from fedmm.losses import answer_cross_entropy
+from fedmm.types import IGNORE, Embeds, FedmmError, State, TokenTerm, Update
+
+log = logging.getLogger("fedmm.host")
+
+
+@dataclass(eq=False)
+class Traffic:
+    """What one client moved for one verb in one round, as counted on the wire, and the LLM's seconds in it."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+    fisher_bytes: int = 0  # of up_bytes
+    frames: int = 0
+    llm_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Visit:
+    """A live session: who, in which round, and the graphs it left here until their backward comes."""
+
+    client: int
+    round: int
+    context: grpc.ServicerContext
+    pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Host:
+    """Serves a LocalLLM and the round's state over gRPC from construction until `close`.
+
+    `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
+    makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them.
+    """
+
+    def __init__(
+        self,
+        llm: LocalLLM,
+        *,
+        card: Mapping[str, Any],
+        edge: State,
+        on_update: Callable[[int, Update], None],
+        bind: str = "127.0.0.1:0",
+        sessions: int = 64,
+        pending: int = 4,
+        workers: int = 2,
+        frame_limit_bytes: int = 1 << 30,
+        deadline_seconds: float = 60.0,
+    ) -> None:
+        self._llm, self._card, self._edge, self._on_update = llm, dict(card), edge, on_update
+        self._pending_limit, self._frame_limit_bytes, self._deadline_seconds = pending, frame_limit_bytes, deadline_seconds
+        self._secret = secrets.token_bytes(32)
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(workers)
+        self._round = 0
+        self._current: State = {}
+        self._awaited: set[int] = set()
+        self._refused: dict[int, str] = {}
+        self._visits: set[_Visit] = set()
+        self._traffic: dict[tuple[int, int, str], Traffic] = defaultdict(Traffic)
+        self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame]] = {
+            "card": self._send_card,
+            "edge": self._send_edge,
+            "state": self._send_state,
+            "update": self._take_update,
+            "forward": self._forward,
+            "backward": self._backward,
+            "loss": self._loss,
+            "generate": self._generate,
+        }
+        self._server = grpc.server(
+            ThreadPoolExecutor(sessions, thread_name_prefix="fedmm-host"),
+            options=[*wire.GRPC_OPTIONS, ("grpc.http2.max_ping_strikes", 0)],
+            maximum_concurrent_rpcs=sessions,
+        )
+        handler = grpc.stream_stream_rpc_method_handler(self._session)
+        service, method = wire.METHOD.strip("/").split("/")
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        try:
+            self.port = self._server.add_insecure_port(bind)
+        except RuntimeError as error:
+            raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
+        self._server.start()
+
+    # ---- for the server's round loop -------------------------------------------------------------------------------
+
+    def open_round(self, round: int, current: State, clients: list[int]) -> None:
+        """Serve `current` to `clients` as the state of `round`, and take one update from each."""
+        with self._lock:
+            self._round, self._current = round, tree.clone(current)
+            self._awaited, self._refused = set(clients), {}
+
+    def token(self, round: int, client: int) -> str:
+        """What lets this client, and no other, into this round, and no other."""
+        return hmac.new(self._secret, f"{round}/{client}".encode(), hashlib.sha256).hexdigest()
+
+    def close_round(self) -> tuple[dict[int, str], dict[tuple[int, str], Traffic]]:
+        """End the round: no update is taken any more, its sessions are cut.
+
+        Returns the reasons of refused updates by client, and the traffic since the last round by (client, verb).
+        """
+        with self._lock:
+            self._awaited = set()
+            visits = [visit for visit in self._visits if visit.round == self._round]
+            refused, traffic, self._traffic = self._refused, self._traffic, defaultdict(Traffic)
+        for visit in visits:
+            visit.context.cancel()
+        merged: dict[tuple[int, str], Traffic] = {}
+        for (_, client, verb), row in traffic.items():
+            merged[client, verb] = row
+        return refused, merged
+
+    def close(self) -> None:
+        """Stop serving; safe to repeat."""
+        self._server.stop(grace=0.5).wait()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- a session -------------------------------------------------------------------------------------------------
+
+    def _session(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        visit = self._admit(context)
+        with self._lock:
+            self._visits.add(visit)
+        try:
+            while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
+                traffic = self._traffic[visit.round, visit.client, frame.verb]
+                reply = wire.encode(self._answer(visit, frame, traffic))
+                traffic.frames += 1
+                traffic.up_bytes += frame.wire_bytes
+                traffic.down_bytes += sum(map(len, reply))
+                yield from reply
+        except wire.WireError as error:
+            log.warning("client %d sent no valid frame: %s", visit.client, error)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
+        finally:
+            with self._lock:
+                self._visits.discard(visit)
+
+    def _admit(self, context: grpc.ServicerContext) -> _Visit:
+        sent = dict(context.invocation_metadata())
+        client, round = sent.get("fedmm-client", ""), sent.get("fedmm-round", "")
+        wanted = self.token(int(round), int(client)) if client.isdecimal() and round.isdecimal() else ""
+        if not wanted or not hmac.compare_digest(wanted.encode(), str(sent.get("fedmm-token", "")).encode()):
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                f"the token is not the one of client {client!r} in round {round!r} of this run; "
+                "it comes with the server's Flower message and ends with the run",
+            )
+        if int(round) != self._round:
+            context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, f"round {round} is over, the run is in round {self._round}"
+            )
+        return _Visit(int(client), int(round), context)
+
+    def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        try:
+            verb = self._verbs.get(frame.verb)
+            if verb is None:
+                raise ValueError(f"unknown verb {frame.verb!r}; this host knows {', '.join(self._verbs)}")
+            return verb(visit, frame, traffic)
+        except ValueError as error:
+            log.warning("refused %s of client %d: %s", frame.verb, visit.client, error)
+            return wire.Frame("error", {"message": f"{frame.verb}: {error}"})
+        except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
+            log.exception("%s of client %d failed", frame.verb, visit.client)
+            return wire.Frame("error", {"message": f"{frame.verb} failed at the host: {type(error).__name__}: {error}"})
+
+    # ---- verbs: once a run, once a round ---------------------------------------------------------------------------
+
+    def _send_card(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        return wire.Frame("card", self._card)
+
+    def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        return wire.Frame("edge", {}, self._edge)
+
+    def _send_state(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        with self._lock:
+            if visit.round != self._round:
+                raise ValueError(f"round {visit.round} is over, the run is in round {self._round}")
+            return wire.Frame("state", {}, self._current)
+
+    def _take_update(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        with self._lock:
+            if visit.round != self._round or visit.client not in self._awaited:
+                raise ValueError(f"no update of client {visit.client} is awaited in round {visit.round}")
+            current = self._current
+        try:
+            update = _read_update(visit.client, frame, current)
+        except ValueError as error:
+            with self._lock:
+                self._refused[visit.client] = str(error)
+            raise
+        traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
+        self._on_update(visit.round, update)
+        with self._lock:
+            self._awaited.discard(visit.client)
+            self._refused.pop(visit.client, None)
+        return wire.Frame("update")
+
+    # ---- verbs: every step -----------------------------------------------------------------------------------------
+
+    def _forward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        embeds_BTD, mask_BT, keep_BA, _ = self._inputs(frame, labels=False)
+        step, grad = _integer(frame, "step"), bool(frame.meta.get("grad"))
+        if grad and len(visit.pending) >= self._pending_limit:
+            raise ValueError(
+                f"{len(visit.pending)} steps wait for their backward, at most {self._pending_limit}; "
+                "call backward, use no_grad, or raise link.pending"
+            )
+        with self._computing(traffic), torch.set_grad_enabled(grad):
+            leaf_BTD = embeds_BTD.requires_grad_(grad)
+            logits_BAV = self._llm(Embeds(leaf_BTD), mask_BT, keep_BA)
+        if grad:
+            visit.pending[step] = (leaf_BTD, logits_BAV)
+        return wire.Frame("forward", {}, {"logits": logits_BAV.cpu()})
+
+    def _backward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        step = _integer(frame, "step")
+        if step not in visit.pending:
+            raise ValueError(f"no forward of step {step} waits for its backward")
+        leaf_BTD, logits_BAV = visit.pending.pop(step)
+        grad_BAV = _tensor(frame, "grad", tuple(logits_BAV.shape), floating=True)
+        with self._computing(traffic):
+            (grad_BTD,) = torch.autograd.grad(logits_BAV, leaf_BTD, grad_BAV.to(logits_BAV))
+        return wire.Frame("backward", {}, {"grad": grad_BTD.cpu()})
+
+    def _loss(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        embeds_BTD, mask_BT, keep_BA, labels_BA = self._inputs(frame, labels=True)
+        grad = bool(frame.meta.get("grad"))
+        with self._computing(traffic), torch.set_grad_enabled(grad):
+            leaf_BTD = embeds_BTD.requires_grad_(grad)
+            logits_BAV = self._llm(Embeds(leaf_BTD), mask_BT, keep_BA)
+            loss = answer_cross_entropy(logits_BAV, labels_BA.to(logits_BAV.device))
+            tensors = {"loss": loss.detach().cpu()}
+            if grad:
+                tensors["grad"] = torch.autograd.grad(loss, leaf_BTD)[0].cpu()
+        return wire.Frame("loss", {}, tensors)
+
+    def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        embeds_BTD, mask_BT, _, _ = self._inputs(frame, labels=False, keep=False)
+        scales, width = frame.meta.get("scales"), self._llm.width
+        if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
+            raise ValueError(f"scales must be a list of numbers, got {scales!r}")
+        terms = []
+        for i, scale in enumerate(scales):
+            down_RD = _tensor(frame, f"down.{i}", (None, width), floating=True)
+            up_DR = _tensor(frame, f"up.{i}", (width, down_RD.shape[0]), floating=True)
+            terms.append(TokenTerm(down_RD, up_DR, float(scale)))
+        max_tokens = _integer(frame, "max_tokens")
+        if not 1 <= max_tokens <= 1024:
+            raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
+        with self._computing(traffic):
+            tokens_BN = self._llm.generate(Embeds(embeds_BTD), mask_BT, terms, max_tokens)
+        return wire.Frame("generate", {}, {"tokens": tokens_BN})
+
+    def _inputs(self, frame: wire.Frame, *, labels: bool, keep: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeddings, mask, answer positions and labels of a step, each checked; what was not asked for is empty."""
+        embeds_BTD = _tensor(frame, "embeds", (None, None, self._llm.width), floating=True)
+        B, T = embeds_BTD.shape[:2]
+        mask_BT = _tensor(frame, "mask", (B, T), dtype=torch.bool)
+        if not (B and T) or not mask_BT.any(1).all():
+            raise ValueError(f"every row needs at least one position, got embeds {tuple(embeds_BTD.shape)}")
+        keep_BA = labels_BA = torch.empty(0, dtype=torch.int64)
+        if keep:
+            keep_BA = _tensor(frame, "keep", (B, None), dtype=torch.int64)
+            _within(keep_BA, "keep", 0, T)
+        if labels:
+            labels_BA = _tensor(frame, "labels", tuple(keep_BA.shape), dtype=torch.int64)
+            _within(labels_BA[labels_BA != IGNORE], "labels", 0, self._llm.vocabulary)
+            if (labels_BA == IGNORE).all():
+                raise ValueError("labels hold no answer token")
+        return embeds_BTD, mask_BT, keep_BA, labels_BA
+
+    def _computing(self, traffic: Traffic) -> _Computing:
+        return _Computing(self._slots, traffic, self._deadline_seconds)
+
+
+class _Computing:
+    """One of the host's few slots for the LLM: waits for it within the deadline, and meters the seconds in it."""
+
+    def __init__(self, slots: threading.BoundedSemaphore, traffic: Traffic, deadline_seconds: float) -> None:
+        self._slots, self._traffic, self._deadline_seconds = slots, traffic, deadline_seconds
+
+    def __enter__(self) -> None:
+        if not self._slots.acquire(timeout=self._deadline_seconds):
+            raise FedmmError(f"the LLM was busy for {self._deadline_seconds:g} s; lower the clients that run at once")
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._traffic.llm_seconds += time.perf_counter() - self._began
+        self._slots.release()
+
+
+def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
+    """The update a frame holds, or ValueError with the reason it is not one for `current`."""
+    parts: dict[str, State] = {"delta": {}, "fisher": {}}
+    for name, tensor in frame.tensors.items():
+        part, _, key = name.partition("/")
+        if part not in parts:
+            raise ValueError(f"unknown tensor {name!r}; an update holds delta/... and fisher/...")
+        parts[part][key] = tensor
+    count = _integer(frame, "num_examples")
+    if count < 1:
+        raise ValueError(f"num_examples must be at least 1, got {count}")
+    if reason := tree.mismatch(parts["delta"], current):
+        raise ValueError(f"the delta {reason}")
+    has_fisher = bool(frame.meta.get("fisher"))
+    if has_fisher and (reason := tree.mismatch(parts["fisher"], current)):
+        raise ValueError(f"the Fisher {reason}")
+    if any((tensor < 0).any() for tensor in parts["fisher"].values()):
+        raise ValueError("the Fisher has a negative entry; it is a mean of squares")
+    metrics = frame.meta.get("metrics", {})
+    return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
+
+
+def _integer(frame: wire.Frame, key: str) -> int:
+    value = frame.meta.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{key} must be an integer, got {value!r}")
+    return value
+
+
+def _tensor(
+    frame: wire.Frame,
+    name: str,
+    shape: tuple[int | None, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    floating: bool = False,
+) -> Tensor:
+    """The tensor `name` of a frame, of this shape (None: any size) and kind; what floats must be finite."""
+    tensor = frame.tensors.get(name)
+    if tensor is None:
+        raise ValueError(f"tensor {name!r} is missing")
+    fits = tensor.dim() == len(shape) and all(want in (None, came) for want, came in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = tuple("any" if size is None else size for size in shape)
+        raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, wanted {wanted}")
+    if (dtype and tensor.dtype != dtype) or (floating and not tensor.is_floating_point()):
+        raise ValueError(f"{name!r} is {tensor.dtype}, wanted {dtype or 'a floating type'}")
+    if floating and not torch.isfinite(tensor).all():
+        raise ValueError(f"{name!r} is not finite; lower the learning rate or clip gradients")
+    return tensor
+
+
+def _within(values: Tensor, name: str, low: int, high: int) -> None:
+    if values.numel() and not (low <= int(values.min()) and int(values.max()) < high):
+        raise ValueError(f"{name!r} must lie in [{low}, {high}), got [{int(values.min())}, {int(values.max())}]")

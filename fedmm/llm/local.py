@@ -1,0 +1,104 @@
+"""The frozen LLM in this process. The host serves it; tests and `llm.where` compare against it.
+
+Everything is frozen and in eval mode; only the gradient by the input embeddings is ever formed. The head runs at the
+answer positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fedmm.losses import answer_cross_entropy
+from fedmm.types import Embeds, TokenTerm
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+class LocalLLM:
+    """The decoder and head of a LLaVA, called with embeddings. Inputs may be of another dtype; logits are fp32."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        model.eval().requires_grad_(False)
+        self.decoder = model.model.language_model
+        self.head = model.lm_head
+        self.dtype = self.head.weight.dtype
+        self.device = self.head.weight.device
+        self.width: int = self.decoder.config.hidden_size
+        self.vocabulary: int = self.head.weight.shape[0]
+        eos = model.generation_config.eos_token_id or self.decoder.config.eos_token_id
+        self.stop_tokens: list[int] = eos if isinstance(eos, list) else [eos]
+
+    def __call__(
+        self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], keep_BA: Int[Tensor, "B A"]
+    ) -> Float[Tensor, "B A V"]:
+        """Logits at `keep_BA`, differentiable by the embeddings."""
+        hidden_BTD = self.decoder(
+            inputs_embeds=embeds.dense().to(self.device, self.dtype),
+            attention_mask=mask_BT.to(self.device),
+            use_cache=False,
+        ).last_hidden_state
+        rows_B1 = torch.arange(len(keep_BA), device=self.device)[:, None]
+        return self.head(hidden_BTD[rows_B1, keep_BA.to(self.device)]).float()
+
+    def answer_loss(
+        self,
+        embeds: Embeds,
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+    ) -> Float[Tensor, ""]:
+        """Mean cross-entropy over the answer tokens."""
+        return answer_cross_entropy(self(embeds, mask_BT, keep_BA), labels_BA.to(self.device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embeds: Embeds,
+        mask_BT: Bool[Tensor, "B T"],
+        terms: Sequence[TokenTerm],
+        max_tokens: int,
+    ) -> Int[Tensor, "B N"]:
+        """Greedy answers to right-padded prompts; every new token passes the text adapters, as training's tokens did.
+
+        A row that has stopped is filled with its stop token.
+        """
+        mask_BT = mask_BT.to(self.device)
+        length_B = mask_BT.sum(1)
+        out = self.decoder(
+            inputs_embeds=embeds.dense().to(self.device, self.dtype), attention_mask=mask_BT, use_cache=True
+        )
+        last_BD = out.last_hidden_state[torch.arange(len(length_B), device=self.device), length_B - 1]
+        stops = torch.tensor(self.stop_tokens, device=self.device)
+        stopped_B = torch.zeros(len(length_B), dtype=torch.bool, device=self.device)
+        tokens: list[Tensor] = []
+        for n in range(max_tokens):
+            token_B = self.head(last_BD).argmax(-1)
+            token_B = torch.where(stopped_B, stops[0], token_B)
+            tokens.append(token_B)
+            stopped_B = stopped_B | torch.isin(token_B, stops)
+            if stopped_B.all() or n + 1 == max_tokens:
+                break
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+            out = self.decoder(
+                inputs_embeds=self._embed(token_B, terms)[:, None],
+                attention_mask=mask_BT,
+                position_ids=(length_B + n)[:, None],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+            last_BD = out.last_hidden_state[:, -1]
+        return torch.stack(tokens, dim=1).cpu()
+
+    def _embed(self, token_B: Tensor, terms: Sequence[TokenTerm]) -> Tensor:
+        x_BD = self.decoder.embed_tokens(token_B)
+        out_BD = x_BD
+        for term in terms:
+            down_RD, up_DR = term.down_RD.to(x_BD), term.up_DR.to(x_BD)
+            out_BD = out_BD + term.scale * ((x_BD @ down_RD.T) @ up_DR.T)
+        return out_BD

@@ -1,0 +1,1 @@
+"""Methods: `method(model, batch, step, *, ...)` yields losses; the loop backpropagates each. See conf/method/."""

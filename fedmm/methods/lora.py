@@ -1,0 +1,31 @@
+"""Plain local training of the adapters: FedAvg's and FedNano's step, and, with a proximal term, FedProx's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedmm.model import Model
+from fedmm.types import Batch, Step
+
+
+def lora(model: Model, batch: Batch, step: Step, *, use: Sequence[str] = ("shared",)) -> Iterator[Tensor]:
+    """Answer cross-entropy, mean over the answer tokens of the batch."""
+    yield model.answer_loss(batch, use)
+
+
+def fedprox(model: Model, batch: Batch, step: Step, *, mu: float = 0.01) -> Iterator[Tensor]:
+    """Answer cross-entropy held near the received state.
+
+        CE + mu / 2 |theta - anchor|^2
+
+    Source: Li et al. 2020, equation 2. With mu = 0 it is lora, bit for bit.
+    """
+    loss = model.answer_loss(batch)
+    if mu:
+        shared = model.edge.trainable("shared")
+        distance = sum((parameter - step.anchor[name]).pow(2).sum() for name, parameter in shared.items())
+        loss = loss + mu / 2 * torch.as_tensor(distance)
+    yield loss

@@ -1,0 +1,69 @@
+"""A client's local training. The loop knows no method: `for batch: for loss in method(...): step(loss)`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmm import seeds
+from fedmm.edge.prepare import Prepared, batches
+from fedmm.model import Model
+from fedmm.types import Batch, State, Step
+
+Method = Callable[[Model, Batch, Step], Iterator[Tensor]]
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of local training left: the last step's place (with the method's memory), losses, seconds."""
+
+    last: Step
+    first_loss: float
+    mean_loss: float
+    seconds: float
+
+
+def train(
+    model: Model,
+    items: Sequence[Prepared],
+    method: Method,
+    *,
+    make_optimizer: MakeOptimizer,
+    anchor: State,
+    seed: int,
+    round: int,
+    rounds: int,
+    client: int,
+    epochs: int = 1,
+    batch_size: int = 32,
+) -> Trained:
+    """Train the edge's unfrozen adapters for `epochs` over `items`, with a fresh optimiser.
+
+    The order of batches is a function of (seed, round, client, epoch). Raises ValueError when a loss is not finite:
+    training on would only spread it.
+    """
+    began = time.perf_counter()
+    parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(parameters)
+    per_epoch = math.ceil(len(items) / batch_size)
+    kept: dict[str, State] = {}
+    losses: list[float] = []
+    step = Step(round, rounds, 0, epochs * per_epoch, anchor, kept)
+    for epoch in range(epochs):
+        generator = seeds.generator(seed, f"batches/{epoch}", round, client)
+        for i, batch in enumerate(batches(items, batch_size, generator)):
+            step = Step(round, rounds, epoch * per_epoch + i + 1, epochs * per_epoch, anchor, kept)
+            for loss in method(model, batch, step):
+                if not torch.isfinite(loss):
+                    raise ValueError(f"client {client}, round {round}: the loss is {loss.item()}; lower optimizer.lr")
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+    return Trained(step, losses[0], sum(losses) / len(losses), time.perf_counter() - began)

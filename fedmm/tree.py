@@ -1,0 +1,62 @@
+"""Arithmetic on states: pure functions over named tensors, inputs untouched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from fedmm.types import State
+
+
+def clone(state: Mapping[str, torch.Tensor]) -> State:
+    """A detached copy that shares no memory with `state`."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def zeros_like(state: State) -> State:
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+def add(left: State, right: State) -> State:
+    return {name: left[name] + right[name] for name in left}
+
+
+def subtract(left: State, right: State) -> State:
+    return {name: left[name] - right[name] for name in left}
+
+
+def scale(state: State, factor: float) -> State:
+    return {name: tensor * factor for name, tensor in state.items()}
+
+
+def size_bytes(state: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of names, dtypes, shapes and bits, whatever the order of the names: equal digests, equal states."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def mismatch(state: Mapping[str, torch.Tensor], schema: State) -> str | None:
+    """Why `state` does not fit `schema` (same names, shapes and dtypes, all finite), or None if it does."""
+    if missing := sorted(schema.keys() - state.keys()):
+        return f"lacks {missing[0]!r} and {len(missing) - 1} more" if len(missing) > 1 else f"lacks {missing[0]!r}"
+    if unknown := sorted(state.keys() - schema.keys()):
+        return f"has {unknown[0]!r}, which the server does not know"
+    for name, wanted in schema.items():
+        came = state[name]
+        if came.shape != wanted.shape:
+            return f"{name!r} has shape {tuple(came.shape)}, wanted {tuple(wanted.shape)}"
+        if came.dtype != wanted.dtype:
+            return f"{name!r} is {came.dtype}, wanted {wanted.dtype}"
+        if not torch.isfinite(came).all():
+            return f"{name!r} is not finite"
+    return None

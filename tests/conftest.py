@@ -1,0 +1,92 @@
+"""A small random LLaVA of the real classes, and what tests make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmm import seeds
+from fedmm.edge import parts
+from fedmm.edge.nano_edge import NanoEdge
+from fedmm.llm.local import LocalLLM
+
+torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
+
+WORDS = "<pad> <s> </s> <unk> <image> which digit is red blue left right what colour the sum ? one two three".split()
+
+
+def small_llava(folder: Path, seed: int = 0, image_size: int = 16, tied: bool = False) -> Path:
+    """Write a random LLaVA checkpoint with its processor to `folder`, as a hub would have it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, additional_special_tokens=["<image>"], **special)
+    size = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessor(size=size, do_center_crop=False, do_resize=True)
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=12, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        image_size=image_size, patch_size=8, projection_dim=12,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=WORDS.index("<image>"),
+            tie_word_embeddings=tied,
+        )
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="session")
+def llava(llava_folder: Path):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(llava_folder)
+    return model, AutoProcessor.from_pretrained(llava_folder)
+
+
+@pytest.fixture(scope="session")
+def local_llm(llava) -> LocalLLM:
+    return LocalLLM(llava[0])
+
+
+@pytest.fixture
+def edge(llava) -> NanoEdge:
+    """An edge whose adapters have left their start, so that every gradient is something."""
+    built, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0)
+    generator = seeds.generator(0, "test edge")
+    built.reset(generator)
+    with torch.no_grad():
+        for parameter in built.trainable("shared").values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return built
