@@ -1,0 +1,88 @@
+"""The command line: `fedmm run`, `fedmm watch`, `fedmm compare`.
+
+    fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
+    fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
+    fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="fedmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | watch | compare")
+    run = commands.add_parser("run", help="run a federation in this process")
+    run.add_argument("overrides", nargs="*", help="as in rounds=2 method=fedprox; see conf/")
+    watch = commands.add_parser("watch", help="show the progress of a run")
+    watch.add_argument("dir", type=Path)
+    watch.add_argument("--pid", type=int, help="end when this process has ended")
+    compare = commands.add_parser("compare", help="one table of several runs")
+    compare.add_argument("dirs", type=Path, nargs="+", metavar="dir")
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        return _run(args.overrides)
+    if args.command == "watch":
+        from fedmm.runs.progress import watch as show
+
+        return show(args.dir, until=(lambda: not _alive(args.pid)) if args.pid else (lambda: False))
+    return _compare(args.dirs)
+
+
+def _run(overrides: list[str]) -> int:
+    from fedmm.runs import config
+
+    try:
+        cfg = config.load(overrides)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from fedmm.flower import inprocess
+    from fedmm.runs.progress import watch
+    from fedmm.types import FedmmError
+
+    path = Path(cfg.run.dir).absolute()
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, args=(path,), kwargs={"until": ended.is_set})
+    watcher.start()
+    try:
+        inprocess.run([*(o for o in overrides if not o.startswith("run.dir=")), f"run.dir={path}"], cfg.clients)
+    except (ValueError, FedmmError) as error:
+        print(error, file=sys.stderr)
+        return 1 if path.exists() else 2
+    finally:
+        ended.set()
+        watcher.join()
+    return 0
+
+
+def _compare(dirs: list[Path]) -> int:
+    from fedmm.runs import table
+
+    if empty := [str(path) for path in dirs if not table.arm_folders(path)]:
+        print(f"no finished run in {', '.join(empty)}; a finished one has a summary.json", file=sys.stderr)
+        return 2
+    print(table.markdown(table.lines(dirs)))
+    return 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Who holds which examples. Every function: `(examples, num_clients, generator, *, ...) -> one list of indices a client`.
+
+All draw the law (the shares of each label at each client) first, from the generator and the sorted label values alone;
+only then do they look at how many examples there are. Called with a generator of the same seed, the train, validation
+and test splits of a dataset therefore follow the same law, and a client is tested on what it trained on.
+Every index is used at most once, and exactly once where nothing is dropped on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from fedmm.types import Example
+
+Parts = list[list[int]]
+
+
+def iid(examples: Sequence[Example], num_clients: int, generator: torch.Generator) -> Parts:
+    """Even shares of a shuffled deck; sizes differ by one at most."""
+    order = _rng(generator).permutation(len(examples))
+    return _checked("iid", [order[client::num_clients].tolist() for client in range(num_clients)], examples)
+
+
+def dirichlet(
+    examples: Sequence[Example],
+    num_clients: int,
+    generator: torch.Generator,
+    *,
+    by: str = "kind",  # the question kinds: what a client asks about
+    alpha: float = 0.3,  # small: few kinds a client; large: iid
+    min_examples: int = 8,  # a quarter of a batch; the proportions of a tiny client would be noise anyway
+) -> Parts:
+    """Label skew: each label's examples are shared out by proportions drawn from Dir(alpha), one draw a label.
+
+    Clients left with fewer than `min_examples` take some of the largest client's, so that no split is drawn twice.
+    Source: Hsu, Qi & Brown 2019, with the draw over clients as in Yurochkin et al. 2019.
+    """
+    rng, groups = _rng(generator), _groups("dirichlet", examples, by)
+    if alpha <= 0:
+        raise ValueError(f"partition=dirichlet has alpha={alpha}; set partition.alpha above 0")
+    shares_LK = rng.dirichlet([alpha] * num_clients, size=len(groups))
+    parts: Parts = [[] for _ in range(num_clients)]
+    for share_K, members in zip(shares_LK, groups.values(), strict=True):
+        cuts = np.rint(np.cumsum(share_K) * len(members)).astype(int)[:-1]
+        for part, some in zip(parts, np.split(rng.permutation(members), cuts), strict=True):
+            part.extend(some.tolist())
+    if min_examples * num_clients > len(examples):
+        raise ValueError(
+            f"partition=dirichlet wants {min_examples} examples for each of clients={num_clients}, but there are "
+            f"{len(examples)}; lower clients or partition.min_examples, or raise the dataset's size"
+        )
+    return _checked("dirichlet", _levelled(parts, min_examples, rng), examples)
+
+
+def by_label(
+    examples: Sequence[Example],
+    num_clients: int,
+    generator: torch.Generator,
+    *,
+    by: str = "style",  # style: domains (FedDAT's first scenario); kind: functions (its second)
+) -> Parts:
+    """One label value a client: client k holds value k, in sorted order.
+
+    With more clients than values, values go round and their clients share them evenly; with fewer, a client holds several.
+    Source: FedDAT 2023, section 4.1, where each client is one dataset.
+    """
+    rng, groups = _rng(generator), _groups("by_label", examples, by)
+    parts: Parts = [[] for _ in range(num_clients)]
+    for value, members in enumerate(groups.values()):
+        holders = [k for k in range(num_clients) if k % len(groups) == value] or [value % num_clients]
+        order = rng.permutation(members)
+        for turn, client in enumerate(holders):
+            parts[client].extend(order[turn :: len(holders)].tolist())
+    return _checked("by_label", parts, examples)
+
+
+def long_tail(
+    examples: Sequence[Example],
+    num_clients: int,
+    generator: torch.Generator,
+    *,
+    by: str = "digit",
+    imbalance: float = 50.0,  # IF, head over tail; the protocol's values are 10, 50 and 100
+    alpha: float | None = 0.5,  # classes over clients; none deals them out evenly
+) -> Parts:
+    """A long tail over the label's values, then clients of equal size.
+
+        n_c = int(n_0 IF^(-c / (C - 1))),   c = 0 .. C - 1 in sorted order, numbers as numbers
+
+    n_0 is the number of examples of the first value. A value that has fewer than n_c keeps all; of the others a fixed
+    random n_c are kept. The mix of classes at each client is drawn from Dir(alpha) and then scaled, rows and columns in
+    turn, until clients are equal and classes used up.
+    Source: Cao et al. 2019 for the counts; MLLM-FL 2024 for imbalance, alpha and equal sizes.
+    """
+    rng, groups = _rng(generator), _groups("long_tail", examples, by)
+    if imbalance < 1 or (alpha is not None and alpha <= 0):
+        raise ValueError(
+            f"partition=long_tail has imbalance={imbalance}, alpha={alpha}; set partition.imbalance to 1 or more and "
+            "partition.alpha above 0 or to null"
+        )
+    mix_KC = rng.dirichlet([alpha] * len(groups), size=num_clients) if alpha else np.ones((num_clients, len(groups)))
+    counts = long_tail_counts([len(members) for members in groups.values()], imbalance)
+    kept = [rng.permutation(members)[:count] for members, count in zip(groups.values(), counts, strict=True)]
+    shares_KC = _even(mix_KC, counts)
+    parts: Parts = [[] for _ in range(num_clients)]
+    for label, members in enumerate(kept):
+        for part, some in zip(parts, np.split(members, np.cumsum(shares_KC[:, label])[:-1]), strict=True):
+            part.extend(some.tolist())
+    return _checked("long_tail", parts, examples)
+
+
+def long_tail_counts(available: Sequence[int], imbalance: float) -> list[int]:
+    """How many of each class to keep, the first class whole: int(n_0 IF^(-c/(C-1))), never more than there are."""
+    last = max(1, len(available) - 1)
+    wanted = [int(available[0] * imbalance ** (-c / last)) for c in range(len(available))]
+    return [min(pair) for pair in zip(wanted, available, strict=True)]
+
+
+def _rng(generator: torch.Generator) -> np.random.Generator:
+    """NumPy's generator, as it can draw from Dir(alpha) for small alpha, seeded by one draw of the given one."""
+    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _groups(partition: str, examples: Sequence[Example], by: str) -> dict[str, list[int]]:
+    """Indices by label value, values sorted: numbers as numbers, before words."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        if by not in example.labels:
+            raise ValueError(
+                f"partition={partition} groups by {by!r}, but example {example.id} has only "
+                f"{', '.join(sorted(example.labels)) or 'no labels'}; set partition.by to one of these"
+            )
+        groups.setdefault(example.labels[by], []).append(index)
+    return dict(sorted(groups.items(), key=lambda item: (not item[0].isdigit(), len(item[0]) * item[0].isdigit(), item[0])))
+
+
+def _levelled(parts: Parts, least: int, rng: np.random.Generator) -> Parts:
+    """Give each client below `least` random examples of whoever then holds most."""
+    for part in parts:
+        while len(part) < least:
+            largest = max(parts, key=len)
+            part.append(largest.pop(int(rng.integers(len(largest)))))
+    return parts
+
+
+def _even(mix_KC: Float[np.ndarray, "K C"], counts: Sequence[int]) -> Int[np.ndarray, "K C"]:
+    """Whole numbers near the mix whose columns sum to `counts` and whose rows are equal, give or take one."""
+    clients, total = len(mix_KC), sum(counts)
+    sizes = np.array([total // clients + (client < total % clients) for client in range(clients)])
+    shares = np.maximum(mix_KC, 1e-6)  # Sinkhorn needs a way round every zero
+    for _ in range(200):
+        shares *= (np.array(counts) / np.maximum(shares.sum(0), 1e-12))[None]
+        shares *= (sizes / np.maximum(shares.sum(1), 1e-12))[:, None]
+    whole = np.floor(shares).astype(int)
+    for label, count in enumerate(counts):  # columns are met to rounding only, so a floor can be one too many
+        while whole[:, label].sum() > count:
+            whole[whole[:, label].argmax(), label] -= 1
+    for label, count in enumerate(counts):
+        for _ in range(count - int(whole[:, label].sum())):
+            whole[int(np.argmax(sizes - whole.sum(1))), label] += 1
+    return whole
+
+
+def _checked(partition: str, parts: Parts, examples: Sequence[Example]) -> Parts:
+    if not all(parts):
+        raise ValueError(
+            f"partition={partition} needs at least one example per client: {len(examples)} examples, "
+            f"clients={len(parts)}, of which {sum(not part for part in parts)} would have none; lower clients or raise "
+            "dataset.train"
+        )
+    return parts

@@ -1,0 +1,319 @@
+"""Scenes of coloured digits and questions about them: the default data, made on the spot.
+
+A scene is 48x48 pixels: one to three digits in different colours, two side by side or one above the other, or three in
+cells of a 2x2 grid. Clients' scenes show handwriting and are asked in the client's own words about the client's own
+colours; answers are in the model's words. Public scenes show open digits (print and pen) and speak the model's words.
+What adapters cannot bring back (a tower that never learnt a shape) is left out on purpose: words and colours they can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fedmm.data.glyphs import Glyphs, handwriting, open_digits
+from fedmm.types import Example
+
+SIDE = 48
+"""Pixels of a scene's side."""
+
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (230, 50, 45),
+    "green": (50, 190, 70),
+    "blue": (60, 100, 245),
+    "yellow": (240, 215, 60),
+    "purple": (185, 70, 215),
+    "white": (240, 240, 240),
+}
+
+KINDS = ("colour", "compare", "count", "name", "place", "read", "sum")
+"""colour: which digit is red. compare: which side is larger. count: how many digits. name: what colour is the 3.
+place: which digit is on the left. read: read the digits (two words). sum: what is the sum."""
+
+QUESTIONS = {
+    "colour": "which digit is {colour} ?",
+    "compare": "which side is {order} ?",
+    "count": "how many digits are there ?",
+    "name": "what colour is the {digit} ?",
+    "place": "which digit is on the {side} ?",
+    "read": "read the digits ?",
+    "sum": "what is the sum ?",
+}
+SIDES = ("left", "right", "top", "bottom")
+ORDERS = ("larger", "smaller")
+WORDS = tuple(sorted({word for text in QUESTIONS.values() for word in text.split() if "{" not in word}))
+ASKED = (*WORDS, *COLOURS, *SIDES, *ORDERS)
+"""Every word of the model's own that a question can hold, numerals apart."""
+
+# --- client sites -----------------------------------------------------------------------------------------------------
+
+_OWN = (
+    "red green blue yellow purple white left right top bottom larger smaller which what how many digit digits colour "
+    "side sum read is the on are there"
+)
+
+
+def _lexicon(words: str) -> dict[str, str]:
+    return dict(zip(_OWN.split(), words.split(), strict=True))
+
+
+VOCABULARIES: Mapping[str, Mapping[str, str]] = {
+    "english": {},
+    "german": _lexicon(
+        "rot grün blau gelb lila weiß links rechts oben unten größer kleiner welche was wie viele ziffer ziffern farbe "
+        "seite summe lies ist die auf sind da"
+    ),
+    "french": _lexicon(
+        "rouge vert bleu jaune violet blanc gauche droite haut bas grand petit quel quoi combien plusieurs chiffre "
+        "chiffres couleur côté somme lisez est la sur sont là"
+    ),
+    "spanish": _lexicon(
+        "rojo verde azul amarillo morado blanco izquierda derecha arriba abajo mayor menor cuál qué cómo muchos cifra "
+        "cifras color lado suma lee es el sobre son ahí"
+    ),
+    "finnish": _lexicon(
+        "punainen vihreä sininen keltainen violetti valkoinen vasen oikea ylhäällä alhaalla suurempi pienempi kumpi mikä "
+        "kuinka monta numero numerot väri puoli summa lue onpa se päällä ovat siellä"
+    ),
+    "turkish": _lexicon(
+        "kırmızı yeşil mavi sarı mor beyaz sol sağ üst alt büyük küçük hangi ne nasıl kaç rakam rakamlar renk taraf "
+        "toplam oku dir bu üstünde var orada"
+    ),
+}
+"""Client words for the model's words; a word that is not in the table stays as it is."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """How one client's scenes differ. `palette[i]` is the colour shown where the site speaks of colour i."""
+
+    vocabulary: str = "english"
+    palette: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    noise: float = 0.0  # standard deviation on a scale of 0 to 1
+    blur: float = 0.0  # 0 sharp, 1 a 3x3 mean
+    light: tuple[float, float] = (1.0, 0.0)  # gain, offset: a scanner's exposure
+
+
+SITES: Mapping[str, Site] = {
+    "plain": Site(),
+    "turku": Site("finnish", palette=(1, 2, 0, 3, 4, 5)),
+    "vienna": Site("german", palette=(2, 1, 0, 4, 3, 5), noise=0.06),
+    "lyon": Site("french", palette=(3, 2, 1, 0, 5, 4), blur=0.5),
+    "sevilla": Site("spanish", palette=(5, 3, 4, 1, 2, 0), light=(0.7, 0.05)),
+    "izmir": Site("turkish", palette=(4, 5, 3, 2, 0, 1), noise=0.03, light=(0.85, 0.15)),
+}
+
+
+_BANK = 3000
+"""Open digits bent for one public split at most (0.5 s on one core); beyond it they are drawn again."""
+
+
+def scenes(
+    *,
+    seed: int = 0,
+    train: int = 1500,
+    validation: int = 500,
+    test: int = 500,
+    public: int = 0,
+    styles: Sequence[str] = ("turku",),
+    vocabulary: str | None = None,
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, Sequence[Example]]:
+    """Handwritten scenes for the clients and, where wanted, open ones for anybody.
+
+    Styles and kinds come in even shares, independent of each other. `vocabulary` overrides that of every site.
+    Splits share no glyph and are drawn apart: the size of one changes nothing in another.
+    """
+    sizes = {"train": train, "validation": validation, "test": test}
+    made = {
+        split: compose(split, np.random.default_rng([seed, stream]), size, handwriting(split), styles, vocabulary, kinds)
+        for stream, (split, size) in enumerate(sizes.items())
+    }
+    rng = np.random.default_rng([seed, len(sizes)])
+    bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, torch.Generator().manual_seed(int(rng.integers(2**62))))
+    return {**made, "public": compose("public", rng, public, bank, ("plain",), "english", kinds)}
+
+
+def compose(
+    prefix: str,
+    rng: np.random.Generator,
+    count: int,
+    glyphs: Glyphs,
+    styles: Sequence[str] = ("plain",),
+    vocabulary: str | None = None,
+    kinds: Sequence[str] = KINDS,
+) -> list[Example]:
+    """`count` scenes made of `glyphs`; ids are `prefix/000000` and on."""
+    _known("styles", styles, SITES)
+    _known("kinds", kinds, KINDS)
+    _known("vocabulary", [vocabulary] if vocabulary else [], VOCABULARIES)
+    if not count:
+        return []
+    plan = plan_scenes(rng, count, glyphs, styles, kinds)
+    pictures = draw(rng, plan, glyphs)
+    examples = []
+    for row in range(count):
+        question, answer = ask(plan, row)
+        style = plan.styles[row]
+        digit = str(plan.digits[row, plan.target[row]])
+        labels = {"kind": plan.kinds[row], "style": style, "answer": answer, "digit": digit}
+        said = translate(question, vocabulary or SITES[style].vocabulary)
+        images = (Image.fromarray(pictures[row]),)
+        examples.append(Example(f"{prefix}/{row:06d}", images, said, answer, labels))
+    return examples
+
+
+def translate(question: str, vocabulary: str) -> str:
+    """The question word for word in another vocabulary."""
+    words = VOCABULARIES[vocabulary]
+    return " ".join(words.get(word, word) for word in question.split())
+
+
+# --- what is in a scene ----------------------------------------------------------------------------------------------
+
+_SLOTS_PER_SCENE = 3
+_DIGITS = {"colour": (2, 3), "compare": (2, 2), "count": (1, 3), "name": (2, 3), "place": (2, 2), "read": (2, 2), "sum": (2, 2)}
+"""Fewest and most digits a kind is asked about; counting overlaps the others so that three digits betray nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows are scenes, columns slots; the first `shown` slots of a row are drawn, slot 0 left of or above slot 1."""
+
+    kinds: list[str]
+    styles: list[str]
+    shown: np.ndarray  # (N,)
+    digits: np.ndarray  # (N, 3) all different
+    picks: np.ndarray  # (N, 3) rows of the glyph bank
+    colours: np.ndarray  # (N, 3) all different, as the site names them
+    upright: np.ndarray  # (N,) two digits stand one above the other
+    target: np.ndarray  # (N,) the slot a question is about
+    smaller: np.ndarray  # (N,)
+    centres: np.ndarray  # (N, 3, 2) in [-1, 1], x before y
+    sizes: np.ndarray  # (N, 3) pixels of a glyph's side
+
+
+def plan_scenes(rng: np.random.Generator, count: int, glyphs: Glyphs, styles: Sequence[str], kinds: Sequence[str]) -> Plan:
+    kind = [kinds[i] for i in rng.permutation(count) % len(kinds)]
+    style = [styles[i] for i in rng.permutation(count) % len(styles)]
+    fewest, most = np.array([_DIGITS[name] for name in kind]).T
+    shown = rng.integers(fewest, most + 1)
+    digits = rng.random((count, 10)).argsort(1)[:, :_SLOTS_PER_SCENE]
+    order = np.argsort(glyphs.digits_N, kind="stable")
+    many = np.bincount(glyphs.digits_N, minlength=10)
+    picks = order[(np.cumsum(many) - many)[digits] + rng.integers(many[digits])]
+    upright = rng.random(count) < 0.5
+    centres, sizes = _places(rng, shown, upright)
+    return Plan(
+        kinds=kind,
+        styles=style,
+        shown=shown,
+        digits=digits,
+        picks=picks,
+        colours=rng.random((count, len(COLOURS))).argsort(1)[:, :_SLOTS_PER_SCENE],
+        upright=upright,
+        target=rng.integers(shown),
+        smaller=rng.random(count) < 0.5,
+        centres=centres,
+        sizes=sizes,
+    )
+
+
+def _places(rng: np.random.Generator, shown: np.ndarray, upright: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and sizes: one digit anywhere, two in a row or a column, three in cells of a 2x2 grid."""
+    count = len(shown)
+    cells = rng.random((count, 4)).argsort(1)[:, :_SLOTS_PER_SCENE]
+    centres = np.stack([cells % 2, cells // 2], 2) - 0.5
+    pair, single = shown == 2, shown == 1
+    row = np.array([[-0.5, 0], [0.5, 0], [0, 0]])
+    centres[pair] = np.where(upright[pair, None, None], row[:, ::-1], row)
+    centres[single] = 0
+    free = single[:, None] | (pair[:, None] & (centres[:, :2] == 0).all(1))  # directions with room to spare
+    jitter = np.where(single[:, None], 0.4, np.where(free, 0.2, 0.04))
+    centres = centres + jitter[:, None, :] * rng.uniform(-1, 1, centres.shape)
+    largest = np.where(shown == 3, 23, np.where(pair & upright, 24, 29))  # what fits its part of 48 pixels
+    return centres, rng.uniform(20, largest[:, None], (count, _SLOTS_PER_SCENE))
+
+
+def ask(plan: Plan, row: int) -> tuple[str, str]:
+    """The question about a scene and its answer, both in the model's own words."""
+    kind, target, digits = plan.kinds[row], plan.target[row], plan.digits[row]
+    colour = list(COLOURS)[plan.colours[row, target]]
+    sides = SIDES[2:] if plan.upright[row] else SIDES[:2]
+    order = int(plan.smaller[row])
+    question = QUESTIONS[kind].format(colour=colour, digit=digits[target], side=sides[target % 2], order=ORDERS[order])
+    answer = {
+        "colour": str(digits[target]),
+        "compare": sides[int(digits[1] > digits[0]) ^ order],
+        "count": str(plan.shown[row]),
+        "name": colour,
+        "place": str(digits[target]),
+        "read": f"{digits[0]} {digits[1]}",
+        "sum": str(digits[0] + digits[1]),
+    }[kind]
+    return question, answer
+
+
+# --- how it looks ----------------------------------------------------------------------------------------------------
+
+
+def draw(rng: np.random.Generator, plan: Plan, glyphs: Glyphs) -> np.ndarray:
+    """All scenes at once, as (N, 48, 48, 3) bytes."""
+    count = len(plan.shown)
+    shades = np.array(list(COLOURS.values()), np.float32) / 255
+    palettes = np.array([SITES[style].palette for style in plan.styles])
+    inks = shades[np.take_along_axis(palettes, plan.colours, 1)]  # N slot rgb
+    inks = _tensor(np.clip(inks + rng.normal(0, 0.03, inks.shape), 0, 1))
+    paper = rng.uniform(0, 0.22, (count, 1)) + rng.uniform(0, 0.04, (count, 3))
+    canvas = _tensor(paper)[:, :, None, None].expand(-1, -1, SIDE, SIDE).clone()
+    theta = _tensor(_matrices(rng, plan))
+    for slot in range(_SLOTS_PER_SCENE):
+        rows = torch.from_numpy(np.flatnonzero(plan.shown > slot))
+        if len(rows):
+            ink = glyphs.pixels_NHW[torch.from_numpy(plan.picks[:, slot])[rows], None]
+            grid = F.affine_grid(theta[rows, slot], [len(rows), 1, SIDE, SIDE], align_corners=False)
+            cover = F.grid_sample(ink, grid, mode="bilinear", align_corners=False)
+            canvas[rows] = torch.lerp(canvas[rows], inks[rows, slot, :, None, None], cover)
+    canvas = _scanned(rng, canvas, [SITES[style] for style in plan.styles])
+    return (canvas * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _matrices(rng: np.random.Generator, plan: Plan) -> np.ndarray:
+    """For each slot the matrix from the scene's coordinates to the glyph's, (N, 3, 2, 3); turned a little."""
+    zoom = SIDE / plan.sizes
+    turn = rng.normal(0, 0.06, zoom.shape)
+    matrix = np.stack([zoom * np.cos(turn), zoom * np.sin(turn), -zoom * np.sin(turn), zoom * np.cos(turn)], 2)
+    matrix = matrix.reshape(*zoom.shape, 2, 2)
+    return np.concatenate([matrix, -matrix @ plan.centres[..., None]], 3)
+
+
+def _scanned(rng: np.random.Generator, canvas: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Each site's blur, exposure and noise."""
+    blur, noise = (_tensor([getattr(site, name) for site in sites]) for name in ("blur", "noise"))
+    gain, offset = _tensor([site.light for site in sites]).T[:, :, None, None, None]
+    rows = blur.nonzero()[:, 0]
+    if len(rows):
+        soft = F.avg_pool2d(canvas[rows], 3, 1, 1, count_include_pad=False)
+        canvas[rows] = torch.lerp(canvas[rows], soft, blur[rows, None, None, None])
+    canvas = gain * canvas + offset
+    rows = noise.nonzero()[:, 0]
+    if len(rows):
+        grain = torch.from_numpy(rng.standard_normal((len(rows), *canvas.shape[1:]), dtype=np.float32))
+        canvas[rows] += noise[rows, None, None, None] * grain
+    return canvas
+
+
+def _tensor(values: object) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.float32))
+
+
+def _known(what: str, names: Sequence[str], table: object) -> None:
+    wrong = [name for name in names if name not in table]
+    if wrong or (what != "vocabulary" and not len(names)):
+        raise ValueError(f"dataset.{what} has {', '.join(wrong) or 'nothing'}; take some of {', '.join(table)}")

@@ -1,0 +1,1 @@
+"""The Flower application: the only place that imports flwr."""

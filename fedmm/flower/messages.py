@@ -1,0 +1,65 @@
+"""What travels in Flower's messages, and under which keys. Small things only: every tensor goes over the link."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+
+from fedmm.evaluate.answers import Answer
+from fedmm.runs.client import Order, Report
+
+_RECORD = "fedmm"
+
+
+def ask_who(node: int) -> Message:
+    """The first message to a node: which client are you?"""
+    return Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+
+
+def say_who(message: Message, client: int) -> Message:
+    return Message(RecordDict({_RECORD: ConfigRecord({"client": client})}), reply_to=message)
+
+
+def read_who(reply: Message) -> int:
+    return int(reply.content.config_records[_RECORD]["client"])
+
+
+def send_order(order: Order, node: int) -> Message:
+    """A round's work for one client: `train`, or `evaluate` where it is only scored."""
+    record = ConfigRecord({**vars(order), "overrides": list(order.overrides)})
+    kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
+    return Message(RecordDict({_RECORD: record}), dst_node_id=node, message_type=kind)
+
+
+def read_order(message: Message) -> Order:
+    record: dict[str, Any] = dict(message.content.config_records[_RECORD])
+    return Order(**{**record, "overrides": tuple(record["overrides"])})
+
+
+def send_report(report: Report, message: Message) -> Message:
+    content = RecordDict({_RECORD: ConfigRecord({"client": report.client, "round": report.round})})
+    content["metrics"] = MetricRecord(dict(report.metrics))
+    content["scores"] = ConfigRecord({"json": json.dumps(report.scores)})
+    content["answers"] = ConfigRecord({"json": json.dumps([(p, a.id, a.said, a.truth) for p, a in report.answers])})
+    return Message(content, reply_to=message)
+
+
+def read_report(reply: Message) -> Report:
+    records = reply.content.config_records
+    scores = json.loads(str(records["scores"]["json"]))
+    answers = json.loads(str(records["answers"]["json"]))
+    metrics = {name: float(value) for name, value in reply.content.metric_records["metrics"].items()}  # type: ignore[arg-type]
+    return Report(
+        int(records[_RECORD]["client"]),  # type: ignore[arg-type]
+        int(records[_RECORD]["round"]),  # type: ignore[arg-type]
+        {int(part): (right, count) for part, (right, count) in scores.items()},
+        [(part, Answer(id, said, truth)) for part, id, said, truth in answers],
+        metrics,
+    )
+
+
+def size_bytes(message: Message) -> int:
+    """The bytes of a message's records as Flower counts them; its envelope is not in it."""
+    return sum(record.count_bytes() for record in message.content.values()) if message.has_content() else 0

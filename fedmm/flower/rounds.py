@@ -1,0 +1,263 @@
+"""The round loop over Flower's Grid, one for every method and rule, in simulation, deployment and one process.
+
+    for each round: draw clients, open the round at the host, send orders, wait, fold the journal in client order
+
+Tensors are not here: the host serves the state and journals the updates; Flower's messages say who works and how it went.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+
+from fedmm import seeds, tree
+from fedmm.edge import parts as edge_parts
+from fedmm.flower import messages
+from fedmm.llm.host import Host, Traffic
+from fedmm.llm.loading import Backbone
+from fedmm.llm.local import LocalLLM
+from fedmm.runs import table
+from fedmm.runs.client import Order, Report, build_edge, initial_state
+from fedmm.runs.config import Config, make
+from fedmm.runs.folder import RunFolder
+from fedmm.types import FedmmError, State
+
+log = logging.getLogger("fedmm")
+POLL_SECONDS = 0.05
+
+
+def find_clients(grid: Grid, clients: int, wait_seconds: float) -> dict[int, int]:
+    """Which node each client 0..clients-1 is. Waits for them; raises FedmmError naming those that did not come."""
+    deadline = time.monotonic() + wait_seconds
+    asked: set[int] = set()
+    pending: dict[str, int] = {}
+    found: dict[int, int] = {}
+    while not set(range(clients)) <= found.keys():
+        new = [node for node in grid.get_node_ids() if node not in asked]
+        if new:
+            asked |= set(new)
+            pending |= zip(grid.push_messages([messages.ask_who(node) for node in new]), new, strict=True)
+        for reply in grid.pull_messages(list(pending)) if pending else ():
+            node = pending.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                log.warning("a node does not know which client it is: %s", reply.error.reason)
+                continue
+            client = messages.read_who(reply)
+            if found.setdefault(client, node) != node:
+                raise FedmmError(f"two nodes say they are client {client}; give each its own partition-id")
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(clients)) - found.keys())
+            raise FedmmError(
+                f"clients {missing} of {clients} did not come within {wait_seconds:g} s; start their SuperNodes "
+                "(simulation: --federation-config num-supernodes=N), lower clients, or raise run.wait_seconds"
+            )
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+def run_arm(
+    grid: Grid, nodes: Mapping[int, int], cfg: Config, overrides: list[str], backbone: Backbone, folder: RunFolder
+) -> None:
+    """Run one arm from where its folder stands to its summary. A finished arm is left as it is."""
+    if folder.finished:
+        return
+    torch.set_num_threads(cfg.threads)
+    parts = edge_parts.take(backbone.model, backbone.processor)
+    card = edge_parts.describe(backbone.model, parts, backbone.prompt)
+    shared = initial_state(cfg, build_edge(cfg, parts)[0], "shared") if "shared" in cfg.method.sets else {}
+    start, current, memory = folder.resume() or (0, shared, {})
+    folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
+
+    def arrived(round: int, update: Any) -> None:
+        folder.save_update(round, update)
+        folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
+
+    with Host(
+        LocalLLM(backbone.model),
+        card=card,
+        edge=parts,
+        on_update=arrived,
+        bind=cfg.link.bind,
+        sessions=cfg.link.sessions,
+        pending=cfg.link.pending,
+        workers=cfg.link.workers,
+        frame_limit_bytes=cfg.link.frame_limit_mb << 20,
+        deadline_seconds=cfg.link.deadline_seconds,
+    ) as host:
+        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host)
+        rule = make(cfg.rule)
+        for round in range(start + 1, cfg.rounds + 1):
+            current, memory = arm.train_round(round, current, memory, rule)
+        arm.score_round(cfg.rounds + 1, current)
+    table.write_summary(folder.path)
+    folder.event("arm_finished", label=cfg.label)
+
+
+class _Arm:
+    """What stays the same over the rounds of an arm."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Mapping[int, int],
+        cfg: Config,
+        overrides: tuple[str, ...],
+        folder: RunFolder,
+        host: Host,
+    ) -> None:
+        self.grid, self.nodes, self.cfg, self.overrides = grid, nodes, cfg, overrides
+        self.folder, self.host = folder, host
+        self.took_part = {c: row["round"] for row in folder.rows("rounds.jsonl") for c in row["clients"]}
+
+    def train_round(self, round: int, current: State, memory: State, rule: Any) -> tuple[State, State]:
+        """One round: orders out, updates in, merged, made to last."""
+        cfg, began = self.cfg, time.perf_counter()
+        everybody = [0] if cfg.pooled else list(range(cfg.clients))
+        per_round = min(cfg.clients_per_round or cfg.clients, len(everybody))
+        chosen = seeds.sample_clients(cfg.seed, round, len(everybody), per_round)
+        safe = self.folder.arrived(round)  # a server that was killed does not ask again for what it has
+        every = cfg.evaluate.every
+        score = bool(every) and (round - 1) % every == 0
+        scored = everybody if round == 1 else chosen if score else []
+        orders = [
+            self._order(round, client, train=client in chosen and client not in safe, score=client in scored)
+            for client in sorted({*chosen, *scored})
+            if client in scored or client not in safe
+        ]
+        self.host.open_round(round, current, [client for client in chosen if client not in safe])
+        lost = self._exchange(orders, f"round {round}")
+        arrived = self.folder.arrived(round)
+        if not arrived:
+            raise FedmmError(f"round {round}: no client returned an update; " + "; ".join(map(_reason, lost.items())))
+        updates = list(self._metrics_only(round))
+        current, memory = rule(current, self.folder.updates(round), memory)
+        if bad := tree.mismatch(current, current):
+            raise FedmmError(f"round {round}: the merged state {bad}; lower optimizer.lr or choose a robust rule")
+        self.took_part |= dict.fromkeys(arrived, round)
+        self.folder.append(
+            "rounds.jsonl",
+            round=round,
+            clients=arrived,
+            lost={str(client): reason for client, reason in lost.items() if client not in arrived},
+            examples={str(client): count for client, count, _ in updates},
+            loss={str(client): loss for client, _, loss in updates},
+            state=tree.digest(current),
+        )
+        self.folder.save_checkpoint(round, current, memory)
+        losses = [loss for _, _, loss in updates]
+        self.folder.event(
+            "round",
+            round=round,
+            loss=sum(losses) / len(losses),
+            lost={str(c): r for c, r in lost.items()},
+            seconds=time.perf_counter() - began,
+        )
+        return current, memory
+
+    def score_round(self, round: int, current: State) -> None:
+        """After the last round: everybody is scored on the final state, nobody trains."""
+        everybody = [0] if self.cfg.pooled else list(range(self.cfg.clients))
+        self.host.open_round(round, current, [])
+        lost = self._exchange([self._order(round, client, train=False, score=True) for client in everybody], "final")
+        if len(lost) == len(everybody):
+            raise FedmmError("no client scored the final state; " + "; ".join(map(_reason, lost.items())))
+
+    def _order(self, round: int, client: int, *, train: bool, score: bool) -> Order:
+        cfg = self.cfg
+        return Order(
+            overrides=self.overrides,
+            run=self.folder.run,
+            round=round,
+            client=client,
+            address=cfg.link.address or f"127.0.0.1:{self.host.port}",
+            token=self.host.token(round, client),
+            kept_round=self.took_part.get(client, 0),
+            train=train,
+            score=score,
+            answers=cfg.evaluate.predictions and round in (1, cfg.rounds + 1),
+        )
+
+    def _exchange(self, orders: list[Order], what: str) -> dict[int, str]:
+        """Send orders, take reports until all are in or time is up; returns why clients were lost."""
+        sent = [messages.send_order(order, self.nodes[order.client]) for order in orders]
+        control = {order.client: [messages.size_bytes(m), 0] for order, m in zip(orders, sent, strict=True)}
+        pending = dict(zip(self.grid.push_messages(sent), orders, strict=True))
+        lost: dict[int, str] = {}
+        deadline = time.monotonic() + self.cfg.run.round_seconds
+        while pending:
+            for reply in self.grid.pull_messages(list(pending)):
+                order = pending.pop(reply.metadata.reply_to_message_id)
+                control[order.client][1] = messages.size_bytes(reply)
+                if reply.has_error():
+                    lost[order.client] = reply.error.reason or f"error {reply.error.code}"
+                    log.warning("%s: client %d is lost: %s", what, order.client, lost[order.client])
+                else:
+                    self._record(order, messages.read_report(reply))
+            if pending and time.monotonic() > deadline:
+                late = f"did not report within run.round_seconds={self.cfg.run.round_seconds:g}"
+                lost |= {order.client: late for order in pending.values()}
+                break
+            if pending:
+                time.sleep(POLL_SECONDS)
+        refused, traffic = self.host.close_round()
+        self._account(orders[0].round if orders else 0, traffic, control)
+        return {client: refused.get(client, reason) for client, reason in lost.items()}
+
+    def _record(self, order: Order, report: Report) -> None:
+        state_round = order.round - 1  # a score belongs to the state that was received
+        for part, (right, count) in report.scores.items():
+            row = {"round": state_round, "client": order.client, "part": part, "right": right, "count": count}
+            self.folder.append("scores.jsonl", **row)
+        for part, answer in report.answers:
+            row = {"round": state_round, "client": order.client, "part": part}
+            self.folder.append("predictions.jsonl", **row, id=answer.id, said=answer.said, truth=answer.truth)
+        self.folder.append("ledger.jsonl", kind="client", round=order.round, client=order.client, **report.metrics)
+        own = [score for part, score in report.scores.items() if part == order.client or self.cfg.pooled]
+        if own:
+            right, count = (sum(values) for values in zip(*own, strict=True))
+            self.folder.event("score", round=state_round, client=order.client, right=right, count=count)
+
+    def _account(self, round: int, traffic: Mapping[tuple[int, str], Traffic], control: Mapping[int, list[int]]) -> None:
+        rows = list(_channels(traffic))
+        rows += [(client, "control", up, down, 1, 0.0) for client, (down, up) in control.items()]
+        for client, channel, up, down, frames, seconds in sorted(rows):
+            self.folder.append(
+                "ledger.jsonl", kind="bytes", round=round, client=client, channel=channel,
+                up_bytes=up, down_bytes=down, frames=frames, llm_seconds=seconds,
+            )  # fmt: skip
+        up, down = sum(row[2] for row in rows), sum(row[3] for row in rows)
+        self.folder.event("bytes", round=round, up_bytes=up, down_bytes=down)
+
+    def _metrics_only(self, round: int) -> Iterator[tuple[int, int, float]]:
+        for update in self.folder.updates(round):
+            yield update.client, update.num_examples, float(update.metrics.get("loss", float("nan")))
+
+
+CHANNEL = {
+    "state": "adapters", "update": "adapters", "card": "edge", "edge": "edge", "forward": "steps",
+    "backward": "steps", "loss": "steps", "generate": "answers",
+}  # fmt: skip
+
+
+def _channels(traffic: Mapping[tuple[int, str], Traffic]) -> Iterator[tuple[int, str, int, int, int, float]]:
+    """Verbs as the ledger's channels; the Fisher is told apart from the adapters it travels with."""
+    sums: dict[tuple[int, str], list[float]] = {}
+    for (client, verb), row in traffic.items():
+        into = sums.setdefault((client, CHANNEL.get(verb, "refused")), [0, 0, 0, 0.0])
+        for i, value in enumerate((row.up_bytes - row.fisher_bytes, row.down_bytes, row.frames, row.llm_seconds)):
+            into[i] += value
+        if row.fisher_bytes:
+            sums[client, "fisher"] = [row.fisher_bytes, 0, 0, 0.0]
+    for (client, channel), (up, down, frames, seconds) in sums.items():
+        yield client, channel, int(up), int(down), int(frames), seconds
+
+
+def _reason(item: tuple[int, str]) -> str:
+    return f"client {item[0]}: {item[1]}"
+
+

@@ -1,0 +1,69 @@
+"""Backbones: from a hub name or a folder to a frozen model, its processor and its prompt. One function, one yaml each."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fedmm.llm.packing import unpack
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, ProcessorMixin
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_llava"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A whole LLaVA as the server holds it. `prompt` is a template with `{question}`."""
+
+    model: LlavaForConditionalGeneration
+    processor: ProcessorMixin
+    prompt: str
+
+
+def llava(
+    *,
+    path: str,
+    prompt: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    load_in: Literal["4bit", "8bit"] | None = None,
+    device: str = "auto",
+) -> Backbone:
+    """A LLaVA by `from_pretrained`: `path` is a hub name or a local folder.
+
+    `load_in` quantises the LLM by bitsandbytes (NF4 or int8) and needs CUDA; the parts that clients run stay in
+    `dtype`. Raises ValueError where that cannot be, OSError where `path` holds no model.
+    """
+    from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if load_in and not device.startswith("cuda"):
+        raise ValueError(f"llm.load_in={load_in} needs a CUDA device, this server has {device}; set llm.load_in=null")
+    quantised = None
+    if load_in:
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=load_in == "4bit",
+            load_in_8bit=load_in == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        )
+    model = LlavaForConditionalGeneration.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        device_map={"": device} if device != "cpu" else None,
+        quantization_config=quantised,
+    )
+    return Backbone(model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path), prompt)
+
+
+def tiny(*, prompt: str) -> Backbone:
+    """The LLaVA that ships with the package, unpacked to a folder and loaded as any other."""
+    with tempfile.TemporaryDirectory() as folder:
+        return llava(path=str(unpack(TINY, Path(folder) / "tiny")), prompt=prompt, dtype="float32", device="cpu")

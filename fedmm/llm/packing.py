@@ -1,0 +1,78 @@
+"""A checkpoint as text: one JSON line for each tensor, for bundles that carry only text files.
+
+    {"name": "lm_head.weight", "shape": [176, 128], "dtype": "F16", "data": "<base64 of the little-endian bytes>"}
+
+A Flower app bundle takes py, toml, md, yaml, yml, json and jsonl; base64 costs a third more than the bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PACKED = "weights.jsonl"
+WEIGHTS = "model.safetensors"
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def pack(folder: Path, into: Path) -> Path:
+    """Write `folder`'s model.safetensors as `into`/weights.jsonl, its JSON files beside it; returns `into`."""
+    into.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.json")):
+        shutil.copyfile(path, into / path.name)
+    aside = into / f".{PACKED}.{os.getpid()}"
+    with safe_open(folder / WEIGHTS, framework="pt") as tensors, aside.open("w") as file:
+        for name in sorted(tensors.keys()):
+            file.write(json.dumps(_line(name, tensors.get_tensor(name))) + "\n")
+    os.replace(aside, into / PACKED)
+    return into
+
+
+def unpack(folder: Path, into: Path) -> Path:
+    """Write `folder`'s weights.jsonl as an ordinary checkpoint `into`, which `from_pretrained` takes; returns `into`.
+
+    Everything is written aside and renamed, the weights last, so a reader never sees half a checkpoint. Where the
+    weights already lie there, nothing is written.
+    """
+    packed = folder / PACKED
+    if not packed.is_file():
+        raise ValueError(f"{folder} has no {PACKED}; give the folder of a packed checkpoint")
+    if (into / WEIGHTS).is_file():
+        return into
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into, prefix=".unpack-") as aside:
+        for path in sorted(folder.glob("*.json")):
+            shutil.copyfile(path, Path(aside) / path.name)
+            os.replace(Path(aside) / path.name, into / path.name)
+        with packed.open() as file:
+            tensors = dict(_tensor(json.loads(line), packed) for line in file)
+        save_file(tensors, Path(aside) / WEIGHTS, metadata={"format": "pt"})
+        os.replace(Path(aside) / WEIGHTS, into / WEIGHTS)
+    return into
+
+
+def _line(name: str, tensor: Tensor) -> dict[str, object]:
+    names = {dtype: word for word, dtype in _DTYPES.items()}
+    if tensor.dtype not in names:
+        raise ValueError(f"{name} is {tensor.dtype}; pack takes {', '.join(map(str, names))}")
+    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    data = base64.b64encode(raw).decode()
+    return {"name": name, "shape": list(tensor.shape), "dtype": names[tensor.dtype], "data": data}
+
+
+def _tensor(line: dict, source: Path) -> tuple[str, Tensor]:
+    name, dtype = line["name"], _DTYPES[line["dtype"]]
+    raw = bytearray(base64.b64decode(line["data"]))
+    tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
+    if tensor.numel() != torch.Size(line["shape"]).numel():
+        raise ValueError(f"{source}: {name} has {tensor.numel()} numbers, its shape wants {line['shape']}; pack it again")
+    return name, tensor.view(line["shape"])

@@ -1,0 +1,341 @@
+"""Scenes and partitions: the laws they promise."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedmm.data import glyphs, partition, scenes
+from fedmm.types import Example
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def labelled(*values: str) -> list[Example]:
+    return [Example(f"train/{i}", (), "?", "!", {"kind": value}) for i, value in enumerate(values)]
+
+
+def many(counts: dict[str, int]) -> list[Example]:
+    return labelled(*(value for value, count in counts.items() for _ in range(count)))
+
+
+# --- glyphs ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_share_no_glyph_and_lose_none():
+    ids = [set(glyphs.handwriting(split).ids_N.tolist()) for split in glyphs.SPLITS]
+    assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
+    assert ids[0] | ids[1] | ids[2] == set(range(1797))
+    assert [round(len(part) / 1797, 1) for part in ids] == [0.6, 0.2, 0.2]
+
+
+def test_every_split_has_every_digit():
+    for split in glyphs.SPLITS:
+        assert np.bincount(glyphs.handwriting(split).digits_N, minlength=10).min() >= 30
+
+
+def test_handwriting_is_what_scikit_learn_says_it_is():
+    """Cells of the upsampled glyph, averaged back, follow the original grey levels, and the digit is the original's."""
+    from sklearn.datasets import load_digits
+
+    made, bunch = glyphs.handwriting("validation"), load_digits()
+    back = torch.nn.functional.avg_pool2d(made.pixels_NHW[:, None], 4)[:, 0].flatten(1)
+    original = torch.from_numpy(bunch.images[made.ids_N]).float().flatten(1)
+    assert (made.digits_N == bunch.target[made.ids_N]).all()
+    together = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(back, original, strict=True)])
+    assert together.min() > 0.95
+
+
+def test_open_digits_are_even_bounded_and_a_function_of_the_generator():
+    first, again, other = (glyphs.open_digits(200, seeded(seed)) for seed in (1, 1, 2))
+    assert first.pixels_NHW.equal(again.pixels_NHW) and not first.pixels_NHW.equal(other.pixels_NHW)
+    assert set(np.bincount(first.digits_N)) == {20}
+    assert first.pixels_NHW.shape == (200, 32, 32) and first.pixels_NHW.min() >= 0 and first.pixels_NHW.max() <= 1
+    assert first.pixels_NHW.mean((1, 2)).min() > 0.01  # none is blank
+
+
+def test_open_digits_name_their_print_or_skeleton():
+    """The id of a picture is a print or skeleton of that very digit."""
+    made = glyphs.open_digits(300, seeded())
+    sources = np.concatenate([glyphs._prints().digits_N, glyphs._beads()[1]])
+    assert (sources[made.ids_N] == made.digits_N).all()
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="handwriting has no split 'tset'; take one of train, validation, test"):
+        glyphs.handwriting("tset")
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made() -> dict:
+    return scenes.scenes(train=350, validation=140, test=140, public=140)
+
+
+def test_examples_are_pictures_with_words(made):
+    everything = [example for part in made.values() for example in part]
+    assert len({example.id for example in everything}) == len(everything) == 770
+    assert made["test"][3].id == "test/000003"
+    for example in everything:
+        (image,) = example.images
+        assert image.size == (48, 48) and image.mode == "RGB"
+        assert 1 <= len(example.answer.split()) <= 2
+        assert example.labels["answer"] == example.answer and example.labels["kind"] in scenes.KINDS
+        assert example.labels["digit"] in "0123456789"
+
+
+def test_every_split_holds_every_kind_evenly(made):
+    for part in made.values():
+        counts = Counter(example.labels["kind"] for example in part)
+        assert set(counts) == set(scenes.KINDS) and len(set(counts.values())) == 1
+
+
+def test_same_seed_same_data_whatever_the_other_sizes():
+    one = scenes.scenes(seed=3, train=40, validation=20, test=20, public=10)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    two = scenes.scenes(seed=3, train=40, validation=30, test=20, public=10)
+    other = scenes.scenes(seed=4, train=40, validation=0, test=0)
+    for split in ("train", "test", "public"):
+        assert [e.question for e in one[split]] == [e.question for e in two[split]]
+        assert [e.images[0].tobytes() for e in one[split]] == [e.images[0].tobytes() for e in two[split]]
+    assert one["train"][0].images[0].tobytes() != other["train"][0].images[0].tobytes()
+
+
+def test_clients_scenes_show_only_their_splits_glyphs(monkeypatch):
+    """By identity: what is drawn for a split is looked up in that split's bank, and public scenes in none of them."""
+    drawn = {}
+    draw = scenes.draw
+
+    def spy(rng, plan, bank):
+        drawn[len(plan.kinds)] = bank
+        return draw(rng, plan, bank)
+
+    monkeypatch.setattr(scenes, "draw", spy)
+    scenes.scenes(train=11, validation=12, test=13, public=14)
+    for size, split in ((11, "train"), (12, "validation"), (13, "test")):
+        assert drawn[size] is glyphs.handwriting(split)
+    assert all(drawn[14] is not glyphs.handwriting(split) for split in glyphs.SPLITS)
+
+
+def test_answers_follow_from_the_plan():
+    """Worked by hand: 7 in red at the left, 2 in white at the right; red and white are palette words."""
+    plan = scenes.plan_scenes(np.random.default_rng(0), 1, glyphs.handwriting("train"), ("plain",), ("sum",))
+    plan.digits[0], plan.colours[0], plan.shown[0] = [7, 2, 9], [0, 5, 1], 2
+    plan.upright[0], plan.target[0], plan.smaller[0] = False, 1, False
+    expected = {
+        "colour": ("which digit is white ?", "2"),
+        "compare": ("which side is larger ?", "left"),
+        "count": ("how many digits are there ?", "2"),
+        "name": ("what colour is the 2 ?", "white"),
+        "place": ("which digit is on the right ?", "2"),
+        "read": ("read the digits ?", "7 2"),
+        "sum": ("what is the sum ?", "9"),
+    }
+    for kind, pair in expected.items():
+        plan.kinds[0] = kind
+        assert scenes.ask(plan, 0) == pair
+    plan.kinds[0], plan.upright[0], plan.smaller[0] = "compare", True, True
+    assert scenes.ask(plan, 0) == ("which side is smaller ?", "bottom")
+
+
+def test_left_is_left_top_is_top_and_colours_are_the_palettes():
+    """The ink in the half of the picture that a question means has the colour the site shows for the word."""
+    rng, bank = np.random.default_rng(1), glyphs.handwriting("train")
+    for style in ("plain", "turku"):
+        plan = scenes.plan_scenes(rng, 200, bank, (style,), ("place",))
+        pictures = scenes.draw(rng, plan, bank).astype(float)
+        shades = np.array(list(scenes.COLOURS.values()))
+        for row, picture in enumerate(pictures):
+            first = picture[:24] if plan.upright[row] else picture[:, :24]
+            brightest = first.reshape(-1, 3)[first.reshape(-1, 3).max(1).argsort()[-20:]].mean(0)
+            nearest = int(np.abs(shades - brightest).sum(1).argmin())
+            assert nearest == scenes.SITES[style].palette[plan.colours[row, 0]]
+
+
+def test_vocabularies_are_disjoint_and_complete():
+    client_words = [word for words in scenes.VOCABULARIES.values() for word in words.values()]
+    assert len(set(client_words)) == len(client_words)
+    assert not set(client_words) & set(scenes.ASKED)
+    for name, words in scenes.VOCABULARIES.items():
+        assert name == "english" or set(words) <= set(scenes.ASKED)
+
+
+def test_open_questions_hold_no_client_word(made):
+    client_words = {word for words in scenes.VOCABULARIES.values() for word in words.values()}
+    assert not client_words & {word for e in made["public"] for word in f"{e.question} {e.answer}".split()}
+    assert client_words & {word for e in made["train"] for word in e.question.split()}
+    assert not client_words & {word for e in made["train"] for word in e.answer.split()}
+
+
+def test_vocabulary_overrides_the_sites():
+    own = scenes.scenes(train=30, validation=0, test=0, vocabulary="english")["train"]
+    other = scenes.scenes(train=30, validation=0, test=0)["train"]
+    assert [scenes.translate(e.question, "finnish") for e in own] == [e.question for e in other]
+    assert [e.images[0].tobytes() for e in own] == [e.images[0].tobytes() for e in other]
+
+
+def test_palettes_are_permutations():
+    for site in scenes.SITES.values():
+        assert sorted(site.palette) == list(range(len(scenes.COLOURS)))
+
+
+def test_unknown_names_are_named():
+    with pytest.raises(ValueError, match="dataset.styles has atlantis; take some of plain, turku"):
+        scenes.scenes(train=5, styles=("turku", "atlantis"))
+    with pytest.raises(ValueError, match="dataset.kinds has nothing; take some of colour, compare"):
+        scenes.scenes(train=5, kinds=())
+    with pytest.raises(ValueError, match="dataset.vocabulary has klingon"):
+        scenes.scenes(train=5, vocabulary="klingon")
+
+
+def test_the_default_data_are_made_in_a_moment():
+    for split in glyphs.SPLITS:
+        glyphs.handwriting(split)  # scikit-learn's import is not ours to hurry
+    started = time.process_time()
+    scenes.scenes()
+    assert time.process_time() - started < 3  # 0.6 s on one core
+
+
+# --- partitions -----------------------------------------------------------------------------------------------------
+
+ALL = {
+    "iid": partition.iid,
+    "dirichlet": partition.dirichlet,
+    "by_label": lambda *args: partition.by_label(*args, by="kind"),
+    "long_tail": lambda *args: partition.long_tail(*args, by="kind", imbalance=4),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("clients", [1, 3, 5, 9])
+def test_every_index_once_and_every_client_served(name, clients):
+    examples = many({"a": 120, "b": 90, "c": 100, "d": 110})
+    parts = ALL[name](examples, clients, seeded())
+    dealt = [index for part in parts for index in part]
+    assert len(parts) == clients and all(parts)
+    assert len(set(dealt)) == len(dealt)
+    if name != "long_tail":
+        assert sorted(dealt) == list(range(len(examples)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_the_given_generator_matters(name):
+    examples = many({"a": 60, "b": 50, "c": 40})
+    first = ALL[name](examples, 3, seeded(5))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert ALL[name](examples, 3, seeded(5)) == first
+    assert ALL[name](examples, 3, seeded(6)) != first
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "long_tail"])
+def test_splits_follow_one_law(name):
+    """Equal seeds, other sizes: a client's mix of labels is the same to rounding; with another seed it is not."""
+    sizes = ({"a": 3000, "b": 3000, "c": 3000}, {"a": 300, "b": 300, "c": 300})
+    large, small = (_mix(ALL[name](many(size), 4, seeded(3)), many(size)) for size in sizes)
+    other = _mix(ALL[name](many(sizes[1]), 4, seeded(4)), many(sizes[1]))
+    assert np.abs(large - small).max() < 0.05
+    assert np.abs(large - other).max() > 0.2
+
+
+def _mix(parts: list[list[int]], examples: list[Example]) -> np.ndarray:
+    rows = [Counter(examples[i].labels["kind"] for i in part) for part in parts]
+    return np.array([[row[value] / sum(row.values()) for value in "abc"] for row in rows])
+
+
+def test_iid_is_even():
+    assert sorted(map(len, partition.iid(many({"a": 11}), 4, seeded()))) == [2, 3, 3, 3]
+
+
+def test_dirichlet_steals_from_the_largest_for_the_smallest():
+    examples = many({"a": 200, "b": 200})
+    bare = partition.dirichlet(examples, 8, seeded(2), alpha=0.05, min_examples=1)
+    parts = partition.dirichlet(examples, 8, seeded(2), alpha=0.05, min_examples=20)
+    assert min(map(len, bare)) < 20 <= min(map(len, parts))
+    largest = max(range(8), key=lambda k: len(bare[k]))
+    assert set(parts[largest]) < set(bare[largest])
+
+
+def test_dirichlet_approaches_iid_with_alpha():
+    examples = many({"a": 1000, "b": 1000})
+    even = _mix(partition.dirichlet(examples, 4, seeded(), alpha=1e4), examples)[:, :2]
+    skewed = _mix(partition.dirichlet(examples, 4, seeded(), alpha=0.1), examples)[:, :2]
+    assert np.abs(even - 0.5).max() < 0.03 < 0.3 < np.abs(skewed - 0.5).max()
+
+
+def test_by_label_gives_one_value_a_client_goes_round_and_doubles_up():
+    examples = many({"a": 10, "b": 20, "c": 30})
+    held = lambda clients: [  # noqa: E731
+        sorted({examples[i].labels["kind"] for i in part}) for part in partition.by_label(examples, clients, seeded(), by="kind")
+    ]
+    assert held(3) == [["a"], ["b"], ["c"]]
+    assert held(2) == [["a", "c"], ["b"]]
+    assert held(5) == [["a"], ["b"], ["c"], ["a"], ["b"]]
+    assert [len(part) for part in partition.by_label(examples, 5, seeded(), by="kind")] == [5, 10, 30, 5, 10]
+
+
+def test_long_tail_counts_by_hand():
+    """100 IF^(-c/2) with IF 100: 100, 10, 1; a class with fewer keeps all it has."""
+    assert partition.long_tail_counts([100, 100, 100], 100) == [100, 10, 1]
+    assert partition.long_tail_counts([100, 7, 100], 100) == [100, 7, 1]
+    assert partition.long_tail_counts([5000] * 10, 100)[:3] == [5000, 2997, 1796]  # CIFAR-10-LT's published counts
+    assert partition.long_tail_counts([40], 50) == [40]
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, None])
+def test_long_tail_clients_are_equal_and_the_head_is_the_smallest_number(alpha):
+    values = {"10": 90, "2": 90, "0": 90}
+    examples = many(values)
+    parts = partition.long_tail(examples, 4, seeded(), by="kind", imbalance=9, alpha=alpha)
+    kept = Counter(examples[i].labels["kind"] for part in parts for i in part)
+    assert kept == {"0": 90, "2": 30, "10": 10}
+    assert sorted(map(len, parts)) == [32, 32, 33, 33]
+
+
+def test_too_few_examples_are_reported_with_the_knob():
+    few = many({"a": 3})
+    with pytest.raises(ValueError, match=r"partition=iid needs at least one example per client: 3 examples, clients=5.*lower clients or raise dataset.train"):
+        partition.iid(few, 5, seeded())
+    with pytest.raises(ValueError, match="partition=by_label needs at least one example per client"):
+        partition.by_label(few, 5, seeded(), by="kind")
+    with pytest.raises(ValueError, match="wants 8 examples for each of clients=5, but there are 3"):
+        partition.dirichlet(few, 5, seeded())
+    with pytest.raises(ValueError, match="groups by 'style', but example train/0 has only kind; set partition.by"):
+        partition.by_label(few, 2, seeded(), by="style")
+    with pytest.raises(ValueError, match="set partition.imbalance to 1 or more"):
+        partition.long_tail(few, 2, seeded(), by="kind", imbalance=0.5)
+    with pytest.raises(ValueError, match="alpha=0; set partition.alpha above 0"):
+        partition.dirichlet(few, 2, seeded(), alpha=0)
+
+
+# --- the yaml of both groups ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "dataset").glob("scenes*.yaml")), ids=lambda path: path.stem)
+def test_every_scenes_yaml_makes_data(path):
+    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
+    dataset = hydra.utils.instantiate(omegaconf.OmegaConf.load(path), _convert_="all")
+    data = dataset(train=35, validation=35, test=35)
+    assert {example.labels["kind"] for example in data["train"]} == set(scenes.KINDS)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "partition").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_partition_yaml_deals_out_the_sites(path):
+    hydra, omegaconf = pytest.importorskip("hydra"), pytest.importorskip("omegaconf")
+    examples = scenes.scenes(train=700, validation=0, test=0, styles=("turku", "lyon", "izmir", "vienna", "sevilla"))["train"]
+    deal = hydra.utils.instantiate(omegaconf.OmegaConf.load(path))
+    parts = deal(examples, 5, seeded())
+    dealt = [index for part in parts for index in part]
+    assert len(parts) == 5 and all(parts) and len(set(dealt)) == len(dealt)
