@@ -64,7 +64,7 @@ def _line(name: str, tensor: Tensor) -> dict[str, object]:
     names = {dtype: word for word, dtype in _DTYPES.items()}
     if tensor.dtype not in names:
         raise ValueError(f"{name} is {tensor.dtype}; pack takes {', '.join(map(str, names))}")
-    raw = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    raw = tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     data = base64.b64encode(raw).decode()
     return {"name": name, "shape": list(tensor.shape), "dtype": names[tensor.dtype], "data": data}
 

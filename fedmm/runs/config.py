@@ -1,0 +1,302 @@
+"""Configuration: Hydra composes `conf/` from one list of overrides, the same on the server and on every client.
+
+Everything is checked before anything starts, and every mistake is reported at once. What arrives over the network
+may name only targets inside `fedmm.` and `torch.optim.`, and what this machine's FEDMM_ALLOW_TARGETS adds.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import shlex
+import threading
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beartype.door import is_bearable
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
+_GLOBAL_HYDRA = threading.Lock()  # hydra composes in a process-wide singleton
+
+
+class ConfigError(ValueError):
+    """The overrides ask for something that is not there or cannot be; the message lists every mistake."""
+
+
+@dataclass
+class MethodConfig:
+    sets: list[str] = field(default_factory=lambda: ["shared"])
+    use: list[str] = field(default_factory=lambda: ["shared"])
+    step: Any = None
+    fisher: Any = None
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 0  # 0: off. The embedded tower gains little from it
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "linear_1", "linear_2"])
+
+
+@dataclass
+class EdgeConfig:
+    rank: int = 16  # FedNano uses 64 at width 4096; 16 is plenty at 128
+    alpha: float = 32.0  # twice the rank, the usual choice
+    keep_features: bool = True  # a frozen encoder runs once per example and process, at the price of memory
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class LinkConfig:
+    bind: str = "127.0.0.1:0"  # where the host listens; 0: any free port
+    address: str | None = None  # what clients dial, host:port; null: what is bound
+    loss: str = "auto"  # client: logits come down and the client computes the loss itself
+    deadline_seconds: float = 60.0  # the longest wait for one reply
+    frame_limit_mb: int = 1024
+    sessions: int = 64  # clients connected at once
+    pending: int = 4  # forward passes of a session that may wait for their backward
+    workers: int = 2  # LLM passes at once; each on `threads` threads
+
+
+@dataclass
+class EvaluateConfig:
+    every: int = 1  # rounds; 0: only before the first and after the last
+    split: str = "test"  # validation, for tuning
+    batch_size: int = 64
+    max_tokens: int = 8
+    everywhere: bool = False  # score a client on every client's part, not only on its own
+    predictions: bool = True  # answers go to the server at the end; false where they may not leave the site
+
+
+@dataclass
+class RunConfig:
+    dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"  # absolute for flwr run, whose server has a working directory of its own
+    round_seconds: float = 3600.0  # a client that is not back by then is left out of the round
+    wait_seconds: float = 120.0  # for all clients to be there at the start
+    examples: int = 12  # test images in the report; 0: none
+
+
+@dataclass
+class Config:
+    """Types of everything in conf/config.yaml; the values with their reasons are there or beside the field."""
+
+    label: str = "run"
+    seed: int = 0
+    clients: int = 5
+    clients_per_round: int | None = None
+    rounds: int = 8
+    epochs: int = 1
+    batch_size: int = 32
+    pooled: bool = False  # all clients' data at client 0
+    compare: list[str] = field(default_factory=list)
+    threads: int = 1  # of torch, in clients and host: sums depend on it, and Ray gives its actors one
+    llm: Any = None
+    dataset: Any = None
+    partition: Any = None
+    method: MethodConfig = field(default_factory=MethodConfig)
+    rule: Any = None
+    optimizer: Any = None
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def folder() -> Path:
+    """Where the yaml files are: beside the package in a checkout and in a Flower bundle, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """The names one may choose for a group, which are its files."""
+    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    return sorted(path.name for path in folder().iterdir() if path.is_dir())
+
+
+def split(overrides: str) -> list[str]:
+    """The one scalar that Flower's run config carries, as a list of overrides; quotes work as in a shell."""
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides cannot be split: {error}: {overrides!r}") from error
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration these overrides describe, read-only. Raises ConfigError with the available options.
+
+    Typed as Config; in truth an OmegaConf node of that schema.
+    """
+    return typing.cast(Config, _compose(tuple(overrides)))
+
+
+def load(overrides: Sequence[str] = ()) -> Config:
+    """`compose`, then `check`: the one way in. Raises ConfigError with every mistake."""
+    cfg = compose(overrides)
+    if mistakes := list(check(cfg)):
+        raise ConfigError("\n".join(mistakes))
+    return cfg
+
+
+@functools.lru_cache(maxsize=64)  # a client composes the same overrides for every message
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
+        try:
+            cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
+            choices = cfg.hydra.runtime.choices
+            named = [override.split("=", 1)[0] for override in overrides]
+            with_label = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            if "label" not in named and {"method", "rule"} & set(named):
+                OmegaConf.update(with_label, "label", f"{choices['method']}+{choices['rule']}")
+            OmegaConf.resolve(with_label)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error)) from error
+    OmegaConf.set_readonly(with_label, True)
+    return with_label
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message, with the keys that exist where an override names one that does not."""
+    text = str(error)
+    cause = error.__cause__ or error.__context__
+    detail = str(cause).split("\n")[0] if cause else ""
+    lines = [line for line in (text.split("\n")[0] if "vailable options" not in text else text, detail) if line]
+    key = getattr(cause, "full_key", None)
+    if key and "not in struct" in detail.lower() + text.lower():
+        parent = key.rpartition(".")[0]
+        lines.append(f"available options{' in ' + parent if parent else ''}: {', '.join(_keys(parent))}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _keys(parent: str) -> list[str]:
+    node = OmegaConf.select(typing.cast(DictConfig, _compose(())), parent) if parent else _compose(())
+    return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+
+
+# ---- checks, all before anything starts -----------------------------------------------------------------------------
+
+
+def check(cfg: Config) -> Iterator[str]:
+    """Every mistake in a composed configuration, one line each, with the knob to turn."""
+    for name, low in (("clients", 1), ("rounds", 0), ("epochs", 1), ("batch_size", 1), ("threads", 1)):
+        if getattr(cfg, name) < low:
+            yield f"{name} must be at least {low}, got {getattr(cfg, name)}"
+    if cfg.clients_per_round is not None and not 1 <= cfg.clients_per_round <= cfg.clients:
+        yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
+    if cfg.link.loss not in ("auto", "client"):
+        yield f"link.loss must be auto or client, got {cfg.link.loss}"
+    if cfg.evaluate.split not in ("validation", "test"):
+        yield f"evaluate.split must be validation or test, got {cfg.evaluate.split}"
+    for name in ("deadline_seconds", "frame_limit_mb", "sessions", "pending", "workers"):
+        if getattr(cfg.link, name) <= 0:
+            yield f"link.{name} must be above 0, got {getattr(cfg.link, name)}"
+    if unknown := set(cfg.method.sets) - {"shared", "local", "frozen"}:
+        yield f"method.sets knows shared, local and frozen, got {sorted(unknown)}"
+    if missing := set(cfg.method.use) - set(cfg.method.sets):
+        yield f"method.use names {sorted(missing)}, which method.sets={list(cfg.method.sets)} lacks"
+    if cfg.edge.rank < 1:
+        yield f"edge.rank must be at least 1, got {cfg.edge.rank}"
+    if str(getattr(cfg.rule, "_target_", "")).endswith(".fisher") and cfg.method.fisher is None:
+        yield "rule=fisher needs a method that makes a Fisher; set method=fednano or method=fednano_ef, or rule=mean"
+    for arm in cfg.compare:
+        if arm not in options("arm"):
+            yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
+    for path, node in targets(cfg):
+        yield from _check_target(path, node)
+
+
+def targets(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
+    """Every node that names a target, with its path."""
+    yield from _walk("", typing.cast(DictConfig, cfg))
+
+
+def _walk(path: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    if "_target_" in node:
+        yield path, node
+    for key in node:
+        yield from _walk(f"{path}.{key}".lstrip("."), node[key])
+
+
+def _check_target(path: str, node: DictConfig) -> Iterator[str]:
+    try:
+        function = _locate(str(node["_target_"]))
+    except ConfigError as error:
+        yield f"{path}: {error}"
+        return
+    parameters = inspect.signature(function).parameters
+    known = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    given = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(given, dict)
+    for name, value in given.items():
+        if str(name).startswith("_"):
+            continue
+        if name not in known:
+            yield f"{path}.{name} is unknown to {node['_target_']}; available options: {', '.join(known)}"
+        elif name in hints and not _fits(value, hints[name]):
+            yield f"{path}.{name} must be {_plain(hints[name])}, got {value!r}"
+    needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
+    if needed:
+        yield f"{path} lacks {', '.join(needed)} for {node['_target_']}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and "_target_" in value:
+        return True  # checked as a node of its own
+    if isinstance(value, int) and not isinstance(value, bool) and is_bearable(float(value), hint):
+        return True
+    return is_bearable(value, hint)
+
+
+def _plain(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")
+
+
+def _locate(target: str) -> Callable[..., Any]:
+    allowed = (*ALLOWED_TARGETS, *filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(",")))
+    if not target.startswith(allowed):
+        raise ConfigError(f"_target_={target} is outside {', '.join(allowed)}; a site adds its own in FEDMM_ALLOW_TARGETS")
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"_target_={target} does not exist: {error}") from error
+
+
+def make(node: Any, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
+    if node is None:
+        return None
+    for _, inner in _walk("", node):
+        _locate(str(inner["_target_"]))
+    return instantiate(node, *args, _convert_="all", **kwargs)
+
+
+def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The arms of a run by name, each with its overrides: the main one first, then those of `compare`.
+
+    A compared arm keeps everything that was asked for but the method, the rule and the label, which are its own.
+    """
+    overrides = list(overrides)
+    common = [o for o in overrides if o.split("=", 1)[0].split(".")[0] not in {"arm", "method", "rule", "label", "compare"}]
+    return [("main", overrides), *((arm, [*common, f"arm={arm}"]) for arm in cfg.compare)]

@@ -1,0 +1,169 @@
+"""A run on disk. Everything shown of a run is read from here, and a killed run goes on from here.
+
+    config.yaml overrides.txt environment.json      what was asked, where it ran
+    rounds.jsonl scores.jsonl predictions.jsonl      per round: who trained; how the state scored; what the model said
+    ledger.jsonl events.jsonl summary.json           bytes and seconds; what happened when; the figures of the end
+    checkpoints/round_0007.safetensors               state (and the rule's memory) after round 7
+    journal/round_0008/client_0003.safetensors       updates of the round in progress
+    arms/<name>/                                     the same, for every arm that is compared
+
+A row of rounds.jsonl is written before its checkpoint and rows beyond the last checkpoint are dropped on resume, so a
+run that was killed at any instant ends with the same state and the same rounds.jsonl as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from fedmm.runs import home
+from fedmm.types import State, Update
+
+PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
+_BY_ROUND = ("rounds.jsonl", "scores.jsonl", "predictions.jsonl", "ledger.jsonl")
+
+
+class RunFolder:
+    """The folder of one arm. Opening it starts the run, or resumes the same one."""
+
+    def __init__(self, path: Path, config_yaml: str, overrides: list[str]) -> None:
+        """Raises ValueError where the folder holds another run."""
+        self.path = path
+        self._lock = threading.Lock()
+        asked = "".join(f"{override}\n" for override in overrides)
+        if (path / "config.yaml").exists():
+            if _without_run(path / "config.yaml") != _lines_without_run(config_yaml):
+                raise ValueError(f"{path} holds a run with another configuration; set run.dir to another folder, or remove it")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            home.write(path / "overrides.txt", asked.encode())
+            home.write(path / "environment.json", json.dumps(_environment(), indent=1).encode())
+            home.write(path / "config.yaml", config_yaml.encode())
+        self.run: str = json.loads((path / "environment.json").read_text())["run"]
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
+
+    def append(self, file: str, **row: Any) -> None:
+        with self._lock, (self.path / file).open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+    def event(self, kind: str, **what: Any) -> None:
+        """Something a watcher wants to know now."""
+        self.append("events.jsonl", time=time.time(), event=kind, **what)
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        return read_rows(self.path / file)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, round: int, state: State, memory: State) -> None:
+        """Make the round last, then forget its journal."""
+        tensors = {f"state/{name}": t for name, t in state.items()} | {f"memory/{n}": t for n, t in memory.items()}
+        home.save(tensors, self._checkpoint(round), {"round": str(round)})
+        for path in self._journal(round).glob("*"):
+            path.unlink()
+
+    def resume(self) -> tuple[int, State, State] | None:
+        """The last whole round with its state and memory, rows beyond it dropped; None at the very start."""
+        found = sorted((self.path / "checkpoints").glob("round_*.safetensors"))
+        last = int(found[-1].stem.removeprefix("round_")) if found else 0
+        for file in _BY_ROUND:
+            kept = [row for row in self.rows(file) if row["round"] <= last]
+            if (self.path / file).exists():
+                home.write(self.path / file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if not found:
+            return None
+        parts: dict[str, State] = {"state": {}, "memory": {}}
+        for name, tensor in safetensors.torch.load_file(found[-1]).items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        return last, parts["state"], parts["memory"]
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round_{round:04d}.safetensors"
+
+    # ---- journal ---------------------------------------------------------------------------------------------------
+
+    def save_update(self, round: int, update: Update) -> None:
+        """Make an update safe the moment it arrives."""
+        tensors = {f"delta/{name}": t for name, t in update.delta.items()}
+        tensors |= {f"fisher/{name}": t for name, t in (update.fisher or {}).items()}
+        about = {"num_examples": update.num_examples, "fisher": update.fisher is not None, "metrics": dict(update.metrics)}
+        path = self._journal(round) / f"client_{update.client:04d}.safetensors"
+        home.save(tensors, path, {"about": json.dumps(about)})
+
+    def arrived(self, round: int) -> list[int]:
+        """The clients whose updates of this round are safe, in client order."""
+        return sorted(int(path.stem.removeprefix("client_")) for path in self._journal(round).glob("client_*.safetensors"))
+
+    def updates(self, round: int) -> Iterator[Update]:
+        """The round's updates in client order, one in memory at a time."""
+        for client in self.arrived(round):
+            with safetensors.safe_open(self._journal(round) / f"client_{client:04d}.safetensors", "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                parts: dict[str, State] = {"delta": {}, "fisher": {}}
+                for name in file.keys():  # noqa: SIM118
+                    part, _, key = name.partition("/")
+                    parts[part][key] = file.get_tensor(name)
+            fisher = parts["fisher"] if about["fisher"] else None
+            yield Update(client, parts["delta"], about["num_examples"], fisher, about["metrics"])
+
+    def _journal(self, round: int) -> Path:
+        return self.path / "journal" / f"round_{round:04d}"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a Flower bundle runs without being installed
+            versions[package] = "not installed"
+    return {
+        "run": uuid.uuid4().hex,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": versions,
+    }
+
+
+def _without_run(path: Path) -> list[str]:
+    return _lines_without_run(path.read_text())
+
+
+def _lines_without_run(config_yaml: str) -> list[str]:
+    """The configuration less `run:`, which says where and how long, not what."""
+    lines, inside = [], False
+    for line in config_yaml.splitlines():
+        inside = line.startswith("run:") or (inside and line.startswith(" "))
+        if not inside:
+            lines.append(line)
+    return lines

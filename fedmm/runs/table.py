@@ -1,0 +1,161 @@
+"""The figures of a run and the table of its arms, from the files of its folder alone.
+
+`global` is accuracy on everybody's test examples: of the one shared model, or, for personal models, the mean over
+clients of each one's accuracy on all of them. `own` is each client's accuracy on its own part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedmm.runs import home
+from fedmm.runs.folder import read_rows
+
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided Student t, 1 to 9 degrees of freedom
+
+
+def scores(folder: Path, round: int) -> dict[str, Any]:
+    """Accuracy of the state of `round`: `global` (None where it was not measured everywhere) and `own` by client."""
+    cfg = OmegaConf.load(folder / "config.yaml")
+    parts: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
+    for row in read_rows(folder / "scores.jsonl"):
+        if row["round"] == round:
+            parts[row["client"]][row["part"]] = (row["right"], row["count"])
+    own = {
+        part: right / count
+        for client, rows in sorted(parts.items())
+        for part, (right, count) in sorted(rows.items())
+        if (part == client or cfg.pooled) and count
+    }
+    everything = set(range(cfg.clients))
+    personal = "local" in cfg.method.use
+    if personal:
+        full = [rows for rows in parts.values() if rows.keys() == everything]
+        overall = statistics.fmean(map(_accuracy, full)) if len(full) == len(parts) > 0 else None
+    else:
+        union = {part: score for rows in parts.values() for part, score in rows.items()}
+        overall = _accuracy(union) if union.keys() == everything else None
+    return {"global": overall, "own": own}
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Work out the figures of a finished arm and write summary.json."""
+    cfg = OmegaConf.load(folder / "config.yaml")
+    moved: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    seconds = 0.0
+    for row in read_rows(folder / "ledger.jsonl"):
+        if row["kind"] == "bytes":
+            moved[row["channel"]][0] += row["up_bytes"]
+            moved[row["channel"]][1] += row["down_bytes"]
+    times = [row["time"] for row in read_rows(folder / "events.jsonl")]
+    seconds = times[-1] - times[0] if times else 0.0
+    rounds = read_rows(folder / "rounds.jsonl")
+    summary = {
+        "label": cfg.label,
+        "seed": cfg.seed,
+        "rounds": cfg.rounds,
+        "clients": cfg.clients,
+        "split": cfg.evaluate.split,
+        "zero_shot": scores(folder, 0),
+        "final": scores(folder, cfg.rounds),
+        "bytes": dict(moved),
+        "seconds": seconds,
+        "lost": sum(len(row["lost"]) for row in rounds),
+        "state": rounds[-1]["state"] if rounds else None,
+    }
+    home.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def arm_folders(run: Path) -> list[Path]:
+    """The folders of a run's finished arms, the main one first."""
+    return [path for path in (run, *sorted((run / "arms").glob("*"))) if (path / "summary.json").exists()]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a label and, per seed, the figures (from 0 to 1, None where not measured)."""
+
+    label: str
+    overall: tuple[float | None, ...]
+    own: tuple[float, ...]
+    worst: tuple[float, ...]
+    up_bytes: int
+    down_bytes: int
+    seconds: float
+
+
+def lines(runs: Sequence[Path]) -> list[Line]:
+    """The table of several runs of the same arms, one run a seed: zero-shot first, then by rising accuracy."""
+    by_label: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    zero: list[dict[str, Any]] = []
+    for run in runs:
+        summaries = [json.loads((path / "summary.json").read_text()) for path in arm_folders(run)]
+        for summary in summaries:
+            by_label[summary["label"]].append(summary)
+        with_zero = [s for s in summaries if s["zero_shot"]["global"] is not None]
+        zero += [{**with_zero[0], "final": with_zero[0]["zero_shot"], "bytes": {}, "seconds": 0.0}] if with_zero else []
+    arms = sorted((_line(label, found) for label, found in by_label.items()), key=lambda line: mean(line.overall) or 0.0)
+    return [_line("zero-shot", zero), *arms] if zero else arms
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    return statistics.fmean(v for v in values if v is not None) if values and None not in values else None
+
+
+def interval(values: Sequence[float | None]) -> float | None:
+    """Half the width of the 95% interval of the mean by Student's t, or None of fewer than two values."""
+    if len(values) < 2 or None in values:
+        return None
+    degrees = len(values) - 1
+    t = T_95[degrees - 1] if degrees <= len(T_95) else 1.96
+    return t * statistics.stdev(v for v in values if v is not None) / math.sqrt(len(values))
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and 95% interval in per cent; a dash where it was not measured."""
+    centre, half = mean(values), interval(values)
+    if centre is None:
+        return "–"
+    return f"{100 * centre:.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+
+
+HEADINGS = ("arm", "global accuracy %", "own test %", "worst client %", "MB up", "MB down", "seconds")
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    moved = [f"{value / 1e6:.1f}" if line.seconds else "0" for value in (line.up_bytes, line.down_bytes)]
+    return (line.label, percent(line.overall), percent(line.own), percent(line.worst), *moved, f"{line.seconds:.0f}")
+
+
+def markdown(table: Sequence[Line]) -> str:
+    """The table as the README holds it."""
+    rows = [HEADINGS, ("---",) + ("---:",) * (len(HEADINGS) - 1), *map(cells, table)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _line(label: str, found: Sequence[dict[str, Any]]) -> Line:
+    own = [list(s["final"]["own"].values()) for s in found]
+    moved = [[v[i] for s in found for v in s["bytes"].values()] for i in (0, 1)]
+    return Line(
+        label,
+        tuple(s["final"]["global"] for s in found),
+        tuple(statistics.fmean(values) for values in own if values),
+        tuple(min(values) for values in own if values),
+        sum(moved[0]) // max(1, len(found)),
+        sum(moved[1]) // max(1, len(found)),
+        statistics.fmean(s["seconds"] for s in found) if found else 0.0,
+    )
+
+
+def _accuracy(rows: dict[int, tuple[int, int]]) -> float:
+    return sum(right for right, _ in rows.values()) / max(1, sum(count for _, count in rows.values()))
