@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedmm import seeds
 from fedmm.edge import parts
 from fedmm.edge.nano_edge import NanoEdge
+from fedmm.edge.prepare import Prepared, collate, prepare
+from fedmm.llm.host import Host
 from fedmm.llm.local import LocalLLM
+from fedmm.llm.remote import Session
+from fedmm.types import Batch, Example, Update
 
 torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
 
+PROMPT = "<image> {question}"
 WORDS = "<pad> <s> </s> <unk> <image> which digit is red blue left right what colour the sum ? one two three".split()
 
 
@@ -90,3 +99,46 @@ def edge(llava) -> NanoEdge:
         for parameter in built.trainable("shared").values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return built
+
+
+def some_examples(count: int = 3, image_size: int = 16) -> list[Example]:
+    """Noise with questions of different lengths and answers of one or two words."""
+    pixels = np.random.default_rng(0).integers(0, 255, (count, image_size, image_size, 3), dtype=np.uint8)
+    asked = [("which digit is red ?", "two"), ("what is the sum ?", "three one"), ("which digit is left ?", "one")]
+    return [Example(f"train/{i}", [Image.fromarray(pixels[i])], *asked[i % 3]) for i in range(count)]
+
+
+@pytest.fixture
+def items(llava, edge) -> list[Prepared]:
+    return prepare(some_examples(), llava[1], PROMPT)
+
+
+@pytest.fixture
+def batch(items) -> Batch:
+    return collate(items)
+
+
+@contextmanager
+def served(llava, edge: NanoEdge, llm: LocalLLM, **options) -> Iterator[tuple[Host, list[Update]]]:
+    """A host in round 1 that awaits clients 0 and 1, and the updates that reached it."""
+    taken: list[Update] = []
+    frozen = parts.take(*llava)
+    card = parts.describe(llava[0], frozen, PROMPT)
+    with Host(llm, card=card, edge=frozen, on_update=lambda round, update: taken.append(update), **options) as host:
+        host.open_round(1, edge.state(), [0, 1])
+        yield host, taken
+
+
+@contextmanager
+def visiting(host: Host, client: int = 0, **options) -> Iterator[Session]:
+    address = options.pop("address", f"127.0.0.1:{host.port}")
+    token = options.pop("token", host.token(1, client))
+    with Session(address, client=client, round=1, token=token, **{"deadline_seconds": 10.0, **options}) as session:
+        yield session
+
+
+def gradients(edge: NanoEdge) -> dict[str, torch.Tensor]:
+    """The gradients of the shared set, taken off it."""
+    found = {name: p.grad.clone() for name, p in edge.trainable("shared").items() if p.grad is not None}
+    edge.zero_grad()
+    return found

@@ -78,7 +78,7 @@ def test_unpack_leaves_what_is_there(tmp_path):
 
 
 def test_unpack_says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="has no weights.jsonl; give the folder of a packed checkpoint"):
+    with pytest.raises(ValueError, match=r"has no weights.jsonl; give the folder of a packed checkpoint"):
         packing.unpack(tmp_path, tmp_path / "into")
     line = {"name": "w", "shape": [2, 2], "dtype": "F32", "data": "AAAAAA=="}
     (tmp_path / "weights.jsonl").write_text(json.dumps(line) + "\n")
@@ -149,7 +149,7 @@ def test_fresh_open_scenes_are_read_as_the_card_says(tiny, script):
     fresh = scenes.scenes(seed=77, train=0, validation=0, test=0, public=500)["public"]
     score = script.accuracy(*tiny, fresh)["all"]
     assert score >= 0.90
-    assert abs(score - on_card("open digits, own words")) < 0.03
+    assert abs(score - on_card("open digits, english")) < 0.03
 
 
 def test_handwriting_is_read_and_client_words_are_not(tiny, script):

@@ -1,8 +1,8 @@
 """Digits to compose scenes of: real handwriting for clients, printed and pen-drawn ones that anybody may have.
 
 Handwriting: UCI optical digits as scikit-learn carries them, 1,797 pictures of 8x8, split 60/20/20 by glyph.
-Open: the fonts matplotlib ships and a pen that follows skeletons, both bent, thickened and, mostly, put through the same
-8x8 raster as the handwriting. No handwritten glyph went into them.
+Open: the fonts matplotlib ships and a pen that follows skeletons, both bent, thickened and, mostly, put through the
+same 8x8 raster as the handwriting. No handwritten glyph went into them.
 Source: Alpaydin & Kaynak, Optical Recognition of Handwritten Digits, UCI 1998; elastic bending as Simard et al. 2003.
 """
 
@@ -83,7 +83,17 @@ def _from_cells(cells_N88: Tensor) -> Tensor:
 
 # --- printed digits -------------------------------------------------------------------------------------------------
 
-_FONTS = ("DejaVuSans", "DejaVuSans-*", "DejaVuSansMono*", "DejaVuSerif", "DejaVuSerif-*", "STIXGeneral*", "cm[br]*10", "cmss10", "cmt[it]10")
+_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-*",
+    "DejaVuSansMono*",
+    "DejaVuSerif",
+    "DejaVuSerif-*",
+    "STIXGeneral*",
+    "cm[br]*10",
+    "cmss10",
+    "cmt[it]10",
+)
 _BASE = 2 * SIDE
 
 
@@ -241,8 +251,8 @@ def _drawn(which: Tensor, matrix_N22: Tensor, field_N2HW: Tensor, generator: tor
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2).expand(len(which), -1, -1)
     distance = torch.cdist(grid, beads).amin(-1).view(-1, SIDE, SIDE)
     width = _uniform(generator, len(which), 0.09, 0.26)[:, None, None]
-    ones = torch.from_numpy(_beads()[1] == 1)[which][:, None, None]
-    width = torch.where(ones, _uniform(generator, len(which), 1.0, 2.4)[:, None, None] * width, width)  # scans widen a 1
+    stretch = _uniform(generator, len(which), 1.0, 2.4)[:, None, None]  # of a 1: scans are fitted to their frame
+    width = torch.where(torch.from_numpy(_beads()[1] == 1)[which][:, None, None], stretch * width, width)
     return ((width - distance) * SIDE / 2 + 0.5).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Who holds which examples. Every function: `(examples, num_clients, generator, *, ...) -> one list of indices a client`.
+"""Who holds which examples: `(examples, num_clients, generator, *, ...)` to one list of indices a client.
 
 All draw the law (the shares of each label at each client) first, from the generator and the sorted label values alone;
 only then do they look at how many examples there are. Called with a generator of the same seed, the train, validation
@@ -65,7 +65,8 @@ def by_label(
 ) -> Parts:
     """One label value a client: client k holds value k, in sorted order.
 
-    With more clients than values, values go round and their clients share them evenly; with fewer, a client holds several.
+    With more clients than values, values go round and their clients share them evenly; with fewer, a client holds
+    several.
     Source: FedDAT 2023, section 4.1, where each client is one dataset.
     """
     rng, groups = _rng(generator), _groups("by_label", examples, by)
@@ -135,7 +136,11 @@ def _groups(partition: str, examples: Sequence[Example], by: str) -> dict[str, l
                 f"{', '.join(sorted(example.labels)) or 'no labels'}; set partition.by to one of these"
             )
         groups.setdefault(example.labels[by], []).append(index)
-    return dict(sorted(groups.items(), key=lambda item: (not item[0].isdigit(), len(item[0]) * item[0].isdigit(), item[0])))
+    return {value: groups[value] for value in sorted(groups, key=_rank)}
+
+
+def _rank(value: str) -> tuple[bool, int, str]:
+    return not value.isdigit(), int(value) if value.isdigit() else 0, value
 
 
 def _levelled(parts: Parts, least: int, rng: np.random.Generator) -> Parts:

@@ -78,11 +78,11 @@ VOCABULARIES: Mapping[str, Mapping[str, str]] = {
         "cifras color lado suma lee es el sobre son ahí"
     ),
     "finnish": _lexicon(
-        "punainen vihreä sininen keltainen violetti valkoinen vasen oikea ylhäällä alhaalla suurempi pienempi kumpi mikä "
-        "kuinka monta numero numerot väri puoli summa lue onpa se päällä ovat siellä"
+        "punainen vihreä sininen keltainen violetti valkoinen vasen oikea ylhäällä alhaalla suurempi pienempi kumpi "
+        "mikä kuinka monta numero numerot väri puoli summa lue onpa se päällä ovat siellä"
     ),
     "turkish": _lexicon(
-        "kırmızı yeşil mavi sarı mor beyaz sol sağ üst alt büyük küçük hangi ne nasıl kaç rakam rakamlar renk taraf "
+        "kırmızı yeşil mavi sarı mor beyaz sol sağ üst alt büyük küçük hangi ne nasıl kaç rakam rakamlar renk taraf "  # noqa: RUF001
         "toplam oku dir bu üstünde var orada"
     ),
 }
@@ -132,11 +132,12 @@ def scenes(
     """
     sizes = {"train": train, "validation": validation, "test": test}
     made = {
-        split: compose(split, np.random.default_rng([seed, stream]), size, handwriting(split), styles, vocabulary, kinds)
-        for stream, (split, size) in enumerate(sizes.items())
+        name: compose(name, np.random.default_rng([seed, stream]), size, handwriting(name), styles, vocabulary, kinds)
+        for stream, (name, size) in enumerate(sizes.items())
     }
     rng = np.random.default_rng([seed, len(sizes)])
-    bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, torch.Generator().manual_seed(int(rng.integers(2**62))))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, generator)
     return {**made, "public": compose("public", rng, public, bank, ("plain",), "english", kinds)}
 
 
@@ -178,7 +179,15 @@ def translate(question: str, vocabulary: str) -> str:
 # --- what is in a scene ----------------------------------------------------------------------------------------------
 
 _SLOTS_PER_SCENE = 3
-_DIGITS = {"colour": (2, 3), "compare": (2, 2), "count": (1, 3), "name": (2, 3), "place": (2, 2), "read": (2, 2), "sum": (2, 2)}
+_DIGITS = {
+    "colour": (2, 3),
+    "compare": (2, 2),
+    "count": (1, 3),
+    "name": (2, 3),
+    "place": (2, 2),
+    "read": (2, 2),
+    "sum": (2, 2),
+}
 """Fewest and most digits a kind is asked about; counting overlaps the others so that three digits betray nothing."""
 
 
@@ -199,7 +208,10 @@ class Plan:
     sizes: np.ndarray  # (N, 3) pixels of a glyph's side
 
 
-def plan_scenes(rng: np.random.Generator, count: int, glyphs: Glyphs, styles: Sequence[str], kinds: Sequence[str]) -> Plan:
+def plan_scenes(
+    rng: np.random.Generator, count: int, glyphs: Glyphs, styles: Sequence[str], kinds: Sequence[str]
+) -> Plan:
+    """What is in `count` scenes, and what is asked about them."""
     kind = [kinds[i] for i in rng.permutation(count) % len(kinds)]
     style = [styles[i] for i in rng.permutation(count) % len(styles)]
     fewest, most = np.array([_DIGITS[name] for name in kind]).T

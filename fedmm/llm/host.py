@@ -342,6 +342,8 @@ def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
     if any((tensor < 0).any() for tensor in parts["fisher"].values()):
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
     metrics = frame.meta.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError(f"metrics must be numbers by name, got {metrics!r}")
     return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
 
 

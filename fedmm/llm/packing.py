@@ -33,7 +33,7 @@ def pack(folder: Path, into: Path) -> Path:
     with safe_open(folder / WEIGHTS, framework="pt") as tensors, aside.open("w") as file:
         for name in sorted(tensors.keys()):
             file.write(json.dumps(_line(name, tensors.get_tensor(name))) + "\n")
-    os.replace(aside, into / PACKED)
+    aside.replace(into / PACKED)
     return into
 
 
@@ -52,11 +52,11 @@ def unpack(folder: Path, into: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=into, prefix=".unpack-") as aside:
         for path in sorted(folder.glob("*.json")):
             shutil.copyfile(path, Path(aside) / path.name)
-            os.replace(Path(aside) / path.name, into / path.name)
+            (Path(aside) / path.name).replace(into / path.name)
         with packed.open() as file:
             tensors = dict(_tensor(json.loads(line), packed) for line in file)
         save_file(tensors, Path(aside) / WEIGHTS, metadata={"format": "pt"})
-        os.replace(Path(aside) / WEIGHTS, into / WEIGHTS)
+        (Path(aside) / WEIGHTS).replace(into / WEIGHTS)
     return into
 
 
@@ -74,5 +74,5 @@ def _tensor(line: dict, source: Path) -> tuple[str, Tensor]:
     raw = bytearray(base64.b64decode(line["data"]))
     tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
     if tensor.numel() != torch.Size(line["shape"]).numel():
-        raise ValueError(f"{source}: {name} has {tensor.numel()} numbers, its shape wants {line['shape']}; pack it again")
+        raise ValueError(f"{source}: {name} has {tensor.numel()} numbers, its shape wants {line['shape']}; pack again")
     return name, tensor.view(line["shape"])

@@ -1,0 +1,48 @@
+"""Fold NanoAdapters into an ordinary LLaVA: same outputs to rounding, no adapter left, any serving software runs it.
+
+    image: W <- (I + s B A) W,  b <- (I + s B A) b     of the connector's last layer
+    text:  E <- E + s (E A^T) B^T                      the token table, untied from the head first
+
+Exact because a NanoAdapter is linear and the connector's last layer is too. A norm or a nonlinearity after that layer
+would break it, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fedmm.types import State
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+@torch.no_grad()
+def fold(model: LlavaForConditionalGeneration, state: State, scale: float) -> None:
+    """Fold one set of adapters into `model`, in place. Raises ValueError where folding would not be exact."""
+    if lora := sorted(name for name in state if "lora_" in name):
+        raise ValueError(f"{lora[0]!r} is a LoRA inside the edge; merge it with peft first, or train with edge.lora.rank=0")
+    connector = model.model.multi_modal_projector
+    last = list(connector.modules())[-1]
+    if not isinstance(last, nn.Linear) or last is not getattr(connector, "linear_2", None):
+        raise ValueError(f"the connector ends in {type(last).__name__}, not in a linear layer: adapters do not fold into it")
+    down_RD, up_DR = state["image.down"].double(), state["image.up"].double()
+    weight_DD = last.weight.double()
+    last.weight.copy_(weight_DD + scale * up_DR @ (down_RD @ weight_DD))
+    if last.bias is not None:
+        last.bias.copy_(last.bias.double() + scale * up_DR @ (down_RD @ last.bias.double()))
+    _untie(model)
+    table_VD = model.get_input_embeddings().weight
+    down_RD, up_DR = state["text.down"].double(), state["text.up"].double()
+    table_VD.copy_(table_VD.double() + scale * (table_VD.double() @ down_RD.T) @ up_DR.T)
+
+
+def _untie(model: LlavaForConditionalGeneration) -> None:
+    """Give the head weights of its own, where it shares them with the token table."""
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False

@@ -1,0 +1,318 @@
+"""The link under mistakes and faults: a clear reason, nothing half-done, nobody else harmed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import grpc
+import pytest
+import torch
+from conftest import gradients, served, visiting
+
+from fedmm import tree
+from fedmm.llm import wire
+from fedmm.llm.remote import HostGone, HostRefused, RemoteLLM, Session
+from fedmm.model import Model
+from fedmm.types import FedmmError
+
+
+@pytest.fixture
+def link(llava, edge, local_llm):
+    with served(llava, edge, local_llm) as (host, taken):
+        yield host, taken
+
+
+def send_update(session: Session, delta, **options):
+    fisher = options.pop("fisher", None)
+    tensors = {f"delta/{n}": t for n, t in delta.items()} | {f"fisher/{n}": t for n, t in (fisher or {}).items()}
+    meta = {"num_examples": 5, "fisher": fisher is not None, "metrics": {"loss": 1.0}, **options}
+    return session.call("update", tensors, **meta)
+
+
+def test_a_client_needs_the_token_of_its_own_round(link):
+    host, _ = link
+    for token in ("", "x", host.token(1, 1), host.token(2, 0)):
+        with visiting(host, token=token) as session, pytest.raises(HostRefused, match="token is not the one of client '0'"):
+            session.call("card")
+    with visiting(host) as session:
+        assert session.call("card").verb == "card"
+
+
+def test_a_round_that_is_over_takes_nobody(link, edge):
+    host, _ = link
+    host.open_round(2, edge.state(), [0])
+    with visiting(host) as session, pytest.raises(HostRefused, match="round 1 is over"):
+        session.call("state")
+
+
+def test_the_state_goes_down_and_one_update_comes_up(link, edge):
+    host, taken = link
+    with visiting(host) as session:
+        state = session.call("state").tensors
+        assert tree.digest(dict(state)) == tree.digest(edge.state())
+        send_update(session, tree.zeros_like(edge.state()), fisher=tree.scale(edge.state(), 0.0))
+        with pytest.raises(HostRefused, match="no update of client 0 is awaited"):
+            send_update(session, tree.zeros_like(edge.state()))
+    assert [update.client for update in taken] == [0]
+    assert taken[0].num_examples == 5 and taken[0].fisher is not None
+
+
+def spoil(state, how):
+    state = tree.clone(state)
+    name = sorted(state)[0]
+    if how == "nan":
+        state[name][0, 0] = float("nan")
+    elif how == "shape":
+        state[name] = state[name][:1]
+    elif how == "dtype":
+        state[name] = state[name].double()
+    elif how == "missing":
+        del state[name]
+    elif how == "unknown":
+        state["llm.weight"] = torch.zeros(2)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("nan", "not finite"),
+        ("shape", "has shape"),
+        ("dtype", "float64"),
+        ("missing", "lacks"),
+        ("unknown", "does not know"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_left_out_and_said_so(link, edge, how, says):
+    host, taken = link
+    with visiting(host) as session:
+        with pytest.raises(HostRefused, match=says):
+            send_update(session, spoil(edge.state(), how))
+        assert session.call("card").verb == "card", "the session lives on"
+    refused, _ = host.close_round()
+    assert taken == [] and says in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"num_examples": 0}, "at least 1"),
+        ({"num_examples": -3}, "at least 1"),
+        ({"num_examples": "many"}, "integer"),
+        ({"metrics": {"loss": "low"}}, "metrics"),
+        ({"metrics": [1]}, "metrics"),
+    ],
+)
+def test_an_update_with_a_wrong_count_is_refused(link, edge, options, says):
+    host, taken = link
+    with visiting(host) as session, pytest.raises(HostRefused, match=says):
+        send_update(session, edge.state(), **options)
+    assert taken == []
+
+
+def test_a_negative_fisher_is_refused(link, edge):
+    host, taken = link
+    with visiting(host) as session, pytest.raises(HostRefused, match="negative"):
+        send_update(session, edge.state(), fisher=tree.scale(edge.state(), -1.0))
+    assert taken == []
+
+
+def step_tensors(batch, edge, **changes):
+    embeds, mask_BT = edge(batch)
+    tensors = {"embeds": embeds.dense().detach(), "mask": mask_BT, "keep": batch.keep_BA, "labels": batch.labels_BA}
+    return {name: t for name, t in (tensors | changes).items() if t is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"embeds": None}, "'embeds' is missing"),
+        ({"embeds": torch.zeros(3, 5, 99)}, r"'embeds' has shape \(3, 5, 99\), wanted \('any', 'any', 16\)"),
+        ({"embeds": torch.zeros(3, 5, 16, dtype=torch.int64)}, "floating"),
+        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, "'mask' has shape"),
+        ({"mask": torch.ones(3, 12)}, "'mask'"),
+        ({"keep": torch.full((3, 3), 10_000)}, r"'keep' must lie in \[0"),
+        ({"keep": torch.full((3, 3), -1)}, r"'keep' must lie in \[0"),
+        ({"labels": torch.full((3, 3), 10_000)}, r"'labels' must lie in \[0"),
+        ({"labels": torch.full((3, 3), -100)}, "no answer token"),
+    ],
+)
+def test_a_step_with_a_wrong_tensor_is_refused_and_harms_nobody(link, edge, batch, changes, says):
+    host, _ = link
+    with visiting(host) as session, visiting(host, client=1) as other:
+        with pytest.raises(HostRefused, match=says):
+            session.call("loss", step_tensors(batch, edge, **changes), grad=True)
+        for healthy in (session, other):
+            assert torch.isfinite(healthy.call("loss", step_tensors(batch, edge), grad=True).tensors["loss"])
+
+
+def test_embeddings_that_are_not_finite_are_refused(link, edge, batch):
+    host, _ = link
+    tensors = step_tensors(batch, edge)
+    tensors["embeds"][0, 0, 0] = float("inf")
+    with visiting(host) as session, pytest.raises(HostRefused, match="not finite; lower the learning rate"):
+        session.call("forward", tensors, step=0, grad=False)
+
+
+def test_a_backward_without_forward_and_of_a_wrong_shape(link, edge, batch):
+    host, _ = link
+    with visiting(host) as session:
+        with pytest.raises(HostRefused, match="no forward of step 9"):
+            session.call("backward", {"grad": torch.zeros(1)}, step=9)
+        session.call("forward", step_tensors(batch, edge), step=1, grad=True)
+        with pytest.raises(HostRefused, match="'grad' has shape"):
+            session.call("backward", {"grad": torch.zeros(1)}, step=1)
+
+
+def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm, batch):
+    with served(llava, edge, local_llm, pending=2) as (host, _), visiting(host) as session:
+        model = Model(edge, RemoteLLM(session))
+        with torch.no_grad():
+            for _ in range(5):
+                model(batch)
+        logits = [model(batch) for _ in range(2)]
+        with pytest.raises(HostRefused, match="raise link.pending"):
+            model(batch)
+        logits[0].sum().backward()
+        model(batch)
+
+
+def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, batch):
+    local = Model(edge, local_llm)
+    local(batch).sum().backward()
+    wanted = gradients(edge)
+    with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
+        model = Model(edge, RemoteLLM(session))
+        first, second = model(batch), model(batch)
+        second.sum().backward()
+        edge.zero_grad()
+        first.sum().backward()
+    assert all(torch.equal(wanted[name], gradient) for name, gradient in gradients(edge).items())
+
+
+@pytest.mark.parametrize("message", [b"garbage", b"FMM1" + b"\xff" * 12])
+def test_garbage_ends_its_own_session_with_the_reason(link, message):
+    host, _ = link
+    with visiting(host) as session, visiting(host, client=1) as other:
+        session._outbox.put(message)
+        with pytest.raises(HostRefused, match="no valid frame"):
+            session.call("card")
+        assert other.call("card").verb == "card"
+
+
+def test_a_frame_over_the_limit_is_refused(llava, edge, local_llm):
+    with served(llava, edge, local_llm, frame_limit_bytes=1000) as (host, _), visiting(host) as session:
+        with pytest.raises(HostRefused, match=r"at most 1000; raise link.frame_limit_mb"):
+            session.call("loss", {"embeds": torch.zeros(1000)})
+
+
+def test_an_unknown_verb_names_the_known_ones(link):
+    host, _ = link
+    with visiting(host) as session, pytest.raises(HostRefused, match="'train'; this host knows card, edge"):
+        session.call("train")
+
+
+def test_a_host_that_ends_is_named_at_once(llava, edge, local_llm):
+    with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
+        session.call("card")
+        host.close()
+        began = time.monotonic()
+        with pytest.raises(HostGone, match="is the server running"):
+            session.call("card")
+        assert time.monotonic() - began < 8
+
+
+def test_a_host_that_was_never_there_is_named():
+    with Session("127.0.0.1:1", client=0, round=1, token="x", deadline_seconds=5) as session:
+        with pytest.raises(HostGone, match=r"127.0.0.1:1"):
+            session.call("card")
+
+
+def test_a_host_that_is_silent_is_named_within_the_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Session(address, client=0, round=1, token="x", deadline_seconds=0.5) as session:
+            with pytest.raises(HostGone, match=r"'card' within 0.5 s.*link.deadline_seconds"):
+                session.call("card")
+
+
+def test_the_end_of_a_round_cuts_its_sessions(link):
+    host, _ = link
+    with visiting(host) as session:
+        session.call("card")
+        host.close_round()
+        with pytest.raises(HostGone):
+            session.call("card")
+
+
+def test_a_port_that_is_taken_names_the_knob(llava, edge, local_llm):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(FedmmError, match=r"link.bind"):
+            with served(llava, edge, local_llm, bind=f"127.0.0.1:{taken.getsockname()[1]}"):
+                pass
+
+
+class CountingProxy:
+    """Passes bytes between clients and a host and counts them, knowing nothing of frames."""
+
+    def __init__(self, port: int) -> None:
+        self.bytes = {"up": 0, "down": 0}
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            for source, sink, way in ((client, server, "up"), (server, client, "down")):
+                threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                self.bytes[way] += len(data)
+                sink.sendall(data)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_the_ledger_is_what_went_over_the_wire(llava, local_llm):
+    """Frames as large as real ones; gRPC's own framing is the difference, and less than 1%."""
+    from fedmm.edge import parts
+
+    built, _ = parts.build(parts.take(*llava), rank=4)
+    with served(llava, built, local_llm) as (host, _):
+        proxy = CountingProxy(host.port)
+        with visiting(host, address=proxy.address) as session:
+            for _ in range(10):
+                tensors = {
+                    "embeds": torch.randn(64, 50, 16), "mask": torch.ones(64, 50, dtype=torch.bool),
+                    "keep": torch.zeros(64, 3, dtype=torch.int64), "labels": torch.ones(64, 3, dtype=torch.int64),
+                }  # fmt: skip
+                session.call("loss", tensors, grad=True)
+            send_update(session, built.state())
+            sent, received = sum(session.sent_bytes.values()), sum(session.received_bytes.values())
+        _, traffic = host.close_round()
+        proxy.close()
+    up, down = (sum(getattr(row, way) for row in traffic.values()) for way in ("up_bytes", "down_bytes"))
+    assert (up, down) == (sent, received), "both ends count the same frames"
+    assert up == pytest.approx(proxy.bytes["up"], rel=0.01)
+    assert down == pytest.approx(proxy.bytes["down"], rel=0.01)
+
+
+def test_a_stream_without_credentials_is_refused(link):
+    host, _ = link
+    with grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(wire.METHOD)(iter(wire.encode(wire.Frame("card")))))
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
