@@ -29,7 +29,7 @@ from fedmm.runs import home, plots, table
 from fedmm.runs.client import splits
 from fedmm.runs.config import Config
 from fedmm.runs.folder import read_rows
-from fedmm.runs.page import PAGE
+from fedmm.runs.page import CHANNELS, PAGE
 from fedmm.types import Example
 
 THUMBNAIL = 256  # pixels of the longer side of an image in the page
@@ -61,6 +61,10 @@ def render(run: Path) -> str:
         command=_command(run),
         environment=json.loads((run / "environment.json").read_text()),
         config=(run / "config.yaml").read_text(),
+        headings=table.HEADINGS,
+        chance=_chance(arms[0]) if arms else None,
+        channels=CHANNELS,
+        panels=plots.PANELS,
         colours=plots.COLOURS,
         figures={name: _figure(run, name) for name in plots.FIGURES} if arms else {},
         gallery=gallery(run, cfg),
@@ -112,6 +116,12 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = ("seconds", "start_seconds", "score_seconds", "train_seconds", "fisher_seconds", "link_seconds")
     means = {name: statistics.fmean(row[name] for row in trained) for name in names if trained}
     return means | {"peak_rss_bytes": max((row["peak_rss_bytes"] for row in rows), default=0.0)}
+
+
+def _chance(arm: Mapping[str, Any]) -> float | None:
+    """Half the 95% interval of an accuracy for the finite number of questions alone (normal approximation)."""
+    share, questions = arm["final"]["global"], sum(arm["questions"].values())
+    return None if share is None else 1.96 * math.sqrt(share * (1 - share) / questions)
 
 
 def _table(run: Path) -> list[dict[str, Any]]:
@@ -203,15 +213,17 @@ def _in_turn(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def _card(pair: Pair, example: Example) -> dict[str, Any]:
-    return {"pair": pair, "question": example.question, "images": [_data_url(image) for image in example.images]}
+    return {"pair": pair, "question": example.question, "images": list(map(_image, example.images))}
 
 
-def _data_url(image: Image.Image) -> str:
+def _image(image: Image.Image) -> dict[str, Any]:
+    """The image as a data URL, and whether it is large enough to be smoothed when it is scaled."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     small.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return {"url": url, "large": max(small.size) >= 96}
 
 
 # ---- numbers as words ---------------------------------------------------------------------------------------------

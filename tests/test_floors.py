@@ -1,0 +1,94 @@
+"""Imports point down, and what costs seconds or belongs to one floor stays there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedmm
+
+PACKAGE = Path(fedmm.__file__).parent
+FLOORS = [
+    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds"),
+    ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.losses"),
+    ("fedmm.llm", "fedmm.model"),
+    ("fedmm.methods", "fedmm.train", "fedmm.stages", "fedmm.evaluate"),
+    ("fedmm.runs",),
+    ("fedmm.flower",),
+    ("fedmm.cli",),
+]
+ONLY_IN = {
+    "flwr": ("fedmm.flower",),
+    "grpc": ("fedmm.llm",),
+    "hydra": ("fedmm.runs.config",),
+    "matplotlib": ("fedmm.runs.plots", "fedmm.data"),  # data: the fonts that it carries
+    "sklearn": ("fedmm.data",),
+    "peft": ("fedmm.edge",),
+    "ray": (),
+    "pickle": (),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    for floor, names in enumerate(FLOORS):
+        if any(module == name or (name != "fedmm" and module.startswith(f"{name}.")) for name in names):
+            return floor
+    raise AssertionError(f"{module} stands on no floor; give it one here and in CONTRIBUTING.md")
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = PACKAGE.parent / Path(*f"{node.module}.{alias.name}".split("."))
+                found.add(f"{node.module}.{alias.name}" if inner.with_suffix(".py").exists() or inner.is_dir() else str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    own = floor_of(module_of(path))
+    for name in imports_of(path):
+        if name.split(".")[0] == "fedmm":
+            assert floor_of(name) <= own, f"{module_of(path)} on floor {own} imports {name} on floor {floor_of(name)}"
+        top = name.split(".")[0]
+        if top in ONLY_IN:
+            assert module_of(path).startswith(ONLY_IN[top] or ("nowhere",)), f"{module_of(path)} imports {name}"
+
+
+def test_remote_knows_neither_host_nor_local():
+    assert not {"fedmm.llm.host", "fedmm.llm.local"} & imports_of(PACKAGE / "llm" / "remote.py")
+
+
+def test_a_wrong_import_would_be_seen(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from fedmm.runs import config\nimport fedmm.flower.rounds\n")
+    assert imports_of(wrong) == {"fedmm.runs.config", "fedmm.flower.rounds"}
+    assert floor_of("fedmm.runs.config") > floor_of("fedmm.llm.host") > floor_of("fedmm.edge.parts") > floor_of("fedmm.tree")
+
+
+def test_importing_fedmm_costs_nothing():
+    code = "import sys, fedmm; heavy = {'torch', 'transformers', 'flwr', 'hydra', 'grpc'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_mathematics_needs_no_transformers_and_no_flower():
+    code = (
+        "import sys, fedmm.aggregate.fisher, fedmm.methods.fednano, fedmm.train, fedmm.data.scenes, fedmm.evaluate.answers;"
+        "heavy = {'transformers', 'peft', 'flwr', 'hydra', 'grpc'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,165 @@
+"""Laws over every rule's yaml, and numbers worked by hand on two clients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmm import tree
+from fedmm.aggregate.fisher import fisher
+from fedmm.aggregate.mean import mean
+from fedmm.runs import config
+from fedmm.types import Update
+
+RULES = config.options("rule")
+
+
+def rule_of(name):
+    return config.make(config.compose([f"rule={name}"]).rule)
+
+
+def current():
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(3, 4, generator=generator) for name in ("image.down", "image.up", "text.up")}
+
+
+def updates(count=5, still=False):
+    generator = torch.Generator().manual_seed(1)
+    for client in range(count):
+        delta = {name: torch.randn(3, 4, generator=generator) * (not still) for name in current()}
+        sure = {name: torch.rand(3, 4, generator=generator) for name in current()}
+        yield Update(client, delta, 10 * (client + 1), sure)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_clients_who_changed_nothing_change_nothing(name):
+    merged, _ = rule_of(name)(current(), updates(still=True), {})
+    assert tree.digest(merged) == tree.digest(current())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_clients_who_agree_are_followed(name):
+    step = {key: torch.full_like(tensor, 0.25) for key, tensor in current().items()}
+    agreed = [Update(u.client, step, u.num_examples, u.fisher) for u in updates()]
+    merged, _ = rule_of(name)(current(), agreed, {})
+    for key, tensor in merged.items():
+        torch.testing.assert_close(tensor, current()[key] + 0.25, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_renaming_the_clients_changes_nothing(name):
+    given = list(updates())
+    merged, _ = rule_of(name)(current(), given, {})
+    renamed = [Update(9 - u.client, u.delta, u.num_examples, u.fisher) for u in reversed(given)]
+    again, _ = rule_of(name)(current(), renamed, {})
+    for key in merged:
+        torch.testing.assert_close(merged[key], again[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_tensor_is_merged_alike(name):
+    """Every key with the same values gets the same result: catches a weight applied to the first tensor only."""
+    same = [
+        Update(u.client, dict.fromkeys(u.delta, u.delta["image.up"]), u.num_examples, dict.fromkeys(u.delta, u.fisher["image.up"]))
+        for u in updates()
+    ]
+    merged, _ = rule_of(name)(dict.fromkeys(current(), current()["image.up"]), same, {})
+    first, *rest = merged.values()
+    assert all(torch.equal(first, tensor) for tensor in rest)
+    assert not torch.equal(first, current()["image.up"])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_inputs_stay_untouched_and_keys_and_dtypes_are_kept(name):
+    state, given = current(), list(updates())
+    before = [tree.digest(state), *(tree.digest(u.delta) for u in given), *(tree.digest(u.fisher) for u in given)]
+    merged, _ = rule_of(name)(state, given, {})
+    after = [tree.digest(state), *(tree.digest(u.delta) for u in given), *(tree.digest(u.fisher) for u in given)]
+    assert before == after
+    assert {k: (t.shape, t.dtype) for k, t in merged.items()} == {k: (t.shape, t.dtype) for k, t in state.items()}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_update_and_no_tensor_change_nothing(name):
+    merged, _ = rule_of(name)(current(), [], {})
+    assert tree.digest(merged) == tree.digest(current())
+    assert rule_of(name)({}, [Update(0, {}, 3, {})], {})[0] == {}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_updates_are_taken_one_at_a_time(name):
+    """A rule that collects its updates would hold all of them at once."""
+    alive = 0
+
+    def one_at_a_time():
+        nonlocal alive
+        for update in updates():
+            alive += 1
+            yield update
+
+    taken = one_at_a_time()
+    rule_of(name)(current(), taken, {})
+    assert alive == 5 and next(taken, None) is None
+
+
+def two(first_delta, second_delta, first_fisher=None, second_fisher=None, counts=(1, 3)):
+    given = zip((first_delta, second_delta), (first_fisher, second_fisher), counts, strict=True)
+    return [
+        Update(client, {"w": torch.tensor(delta)}, count, {"w": torch.tensor(sure)} if sure else None)
+        for client, (delta, sure, count) in enumerate(given)
+    ]
+
+
+W = [1.0, 2.0, 3.0]
+
+
+def test_mean_by_hand():
+    given = two([4.0, 0.0, -8.0], [0.0, 4.0, 8.0])
+    by_examples, _ = mean({"w": torch.tensor(W)}, given, {})
+    assert by_examples["w"].tolist() == [1 + 1.0, 2 + 3.0, 3 + 4.0]  # weights 1/4 and 3/4
+    uniform, _ = mean({"w": torch.tensor(W)}, given, {}, weights="uniform")
+    assert uniform["w"].tolist() == [1 + 2.0, 2 + 2.0, 3 + 0.0]
+
+
+def test_fisher_by_hand():
+    """w + (F1 d1 + F2 d2) / (F1 + F2); the last coordinate nobody is sure of takes the mean of the deltas."""
+    given = two([4.0, 0.0, -8.0], [0.0, 4.0, 2.0], [1.0, 1.0, 0.0], [3.0, 1.0, 0.0])
+    merged, _ = fisher({"w": torch.tensor(W)}, given, {}, weights="uniform", normalise="none")
+    assert merged["w"].tolist() == [1 + 1.0, 2 + 2.0, 3 - 3.0]
+
+
+def test_fisher_by_hand_normalised_and_weighted():
+    """Client 1's Fisher is a hundred times client 0's and counts no more: both have mean 1 before the weights 1 and 3.
+
+    c0 = 1 * [3, 0, 0] / 1, c1 = 3 * [0, 300, 0] / 100: coordinate 0 follows client 0, 1 follows client 1, 2 the mean.
+    """
+    given = two([4.0, 4.0, 4.0], [8.0, 8.0, 8.0], [3.0, 0.0, 0.0], [0.0, 300.0, 0.0])
+    merged, _ = fisher({"w": torch.tensor(W)}, given, {})
+    torch.testing.assert_close(merged["w"], torch.tensor([1 + 4.0, 2 + 8.0, 3 + 7.0]), rtol=0, atol=1e-6)
+
+
+def test_fisher_with_equal_certainty_is_the_mean():
+    given = [Update(u.client, u.delta, u.num_examples, {k: torch.ones_like(t) for k, t in u.delta.items()}) for u in updates()]
+    merged, _ = fisher(current(), given, {})
+    plain, _ = mean(current(), given, {})
+    for key in plain:
+        torch.testing.assert_close(merged[key], plain[key], rtol=0, atol=1e-6)
+
+
+def test_fisher_where_nobody_has_learnt_is_the_mean_to_the_bit():
+    given = [Update(u.client, u.delta, u.num_examples, tree.zeros_like(u.delta)) for u in updates()]
+    assert tree.digest(fisher(current(), given, {})[0]) == tree.digest(mean(current(), given, {})[0])
+
+
+def test_without_normalisation_a_large_loss_dominates():
+    """What `normalise: trace` is there against."""
+    given = two([0.0, 0.0, 0.0], [8.0, 8.0, 8.0], [1.0, 1.0, 1.0], [1e6, 1e6, 1e6], counts=(1, 1))
+    raw, _ = fisher({"w": torch.tensor(W)}, given, {}, normalise="none")
+    normal, _ = fisher({"w": torch.tensor(W)}, given, {}, normalise="trace")
+    torch.testing.assert_close(raw["w"], torch.tensor(W) + 8, rtol=0, atol=1e-4)
+    torch.testing.assert_close(normal["w"], torch.tensor(W) + 4, rtol=0, atol=1e-6)
+
+
+def test_fisher_without_a_fisher_says_which_method_makes_one():
+    with pytest.raises(ValueError, match="method=fednano or method=fednano_ef, or rule=mean"):
+        fisher({"w": torch.tensor(W)}, two([1.0] * 3, [1.0] * 3), {})
