@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import shlex
 import threading
 import typing
@@ -158,37 +159,32 @@ def load(overrides: Sequence[str] = ()) -> Config:
 
 @functools.lru_cache(maxsize=64)  # a client composes the same overrides for every message
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
-    with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
-        try:
-            cfg = hydra_compose("config", list(overrides), return_hydra_config=True)
-            choices = cfg.hydra.runtime.choices
-            named = [override.split("=", 1)[0] for override in overrides]
-            with_label = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-            if "label" not in named and {"method", "rule"} & set(named):
-                OmegaConf.update(with_label, "label", f"{choices['method']}+{choices['rule']}")
-            OmegaConf.resolve(with_label)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain(error)) from error
-    OmegaConf.set_readonly(with_label, True)
-    return with_label
+    try:
+        with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
+            whole = hydra_compose("config", list(overrides), return_hydra_config=True)
+            choices = whole.hydra.runtime.choices
+            cfg = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+            named = {override.split("=", 1)[0] for override in overrides}
+            if "label" not in named and named & {"method", "rule"}:
+                cfg.label = f"{choices['method']}+{choices['rule']}"
+            OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from error
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
 
 
 def _explain(error: Exception) -> str:
-    """Hydra's message, with the keys that exist where an override names one that does not."""
-    text = str(error)
+    """Hydra's message and its cause; where an override names a key that is not there, the keys that are."""
     cause = error.__cause__ or error.__context__
-    detail = str(cause).split("\n")[0] if cause else ""
-    lines = [line for line in (text.split("\n")[0] if "vailable options" not in text else text, detail) if line]
-    key = getattr(cause, "full_key", None)
-    if key and "not in struct" in detail.lower() + text.lower():
-        parent = key.rpartition(".")[0]
-        lines.append(f"available options{' in ' + parent if parent else ''}: {', '.join(_keys(parent))}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _keys(parent: str) -> list[str]:
-    node = OmegaConf.select(typing.cast(DictConfig, _compose(())), parent) if parent else _compose(())
-    return sorted(str(key) for key in node) if isinstance(node, DictConfig) else []
+    lines = [str(error) if "vailable options" in str(error) else str(error).split("\n")[0]]
+    lines += [str(cause).split("\n")[0]] if cause else []
+    if unknown := re.search(r"Could not override '([^']+)'", str(error)):
+        parent = unknown[1].rpartition(".")[0]
+        node = OmegaConf.select(_compose(()), parent) if parent else _compose(())
+        names = ", ".join(sorted(map(str, node))) if isinstance(node, DictConfig) else "none"
+        lines.append(f"available options{f' in {parent}' if parent else ''}: {names}")
+    return "\n".join(dict.fromkeys(filter(None, lines)))
 
 
 # ---- checks, all before anything starts -----------------------------------------------------------------------------

@@ -25,12 +25,13 @@ h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 3.2rem 0 0.6rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 0.6rem; }
 p { margin: 0.6rem 0; max-width: 46rem; }
 code, pre { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 0.7rem 0.9rem; margin: 1rem 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 0.7rem 0.9rem;
+  margin: 1rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .over, .note, figcaption, dt { color: var(--muted); }
 .over { font-size: 0.85rem; letter-spacing: 0.04em; }
 .note, figcaption { font-size: 0.9rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: 0.8rem; margin: 1.6rem 0 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(12.5rem, 1fr)); gap: 0.8rem;
+  margin: 1.6rem 0 0; }
 .fact { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 0.8rem 1rem 0.9rem; }
 .fact b { display: block; font-size: 1.45rem; font-weight: 650; letter-spacing: -0.02em; line-height: 1.3; }
 .fact span { color: var(--muted); font-size: 0.88rem; line-height: 1.4; display: block; }
@@ -47,15 +48,18 @@ figure { margin: 1rem 0 0; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 .narrow { display: none; }
-figcaption { margin-top: 0.5rem; max-width: 46rem; }
-.bar { display: flex; height: 1.1rem; border-radius: 5px; overflow: hidden; background: var(--line); margin: 0.9rem 0 0.4rem; }
+figcaption { margin: 0.5rem 0 1.2rem; max-width: 46rem; }
+.bar { display: flex; height: 1.1rem; border-radius: 5px; overflow: hidden; background: var(--line);
+  margin: 0.9rem 0 0.4rem; }
 .bar i { display: block; min-width: 2px; }
 .key { display: inline-block; width: 0.75em; height: 0.75em; border-radius: 2px; margin-right: 0.35em; }
+.keys { display: flex; flex-wrap: wrap; gap: 0.1rem 1.4rem; margin-bottom: 1.2rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: 0.8rem; }
 .example { display: flex; gap: 0.9rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 0.8rem; }
 .example img { width: 6rem; display: block; border-radius: 5px; image-rendering: pixelated; margin-bottom: 0.3rem; }
 .example img.large { image-rendering: auto; }
+.example > :first-child { flex: none; }
 .example div { min-width: 0; font-size: 0.9rem; line-height: 1.4; }
 .example q { quotes: none; font-weight: 600; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.05rem 0.7rem; margin: 0.35rem 0 0; }
@@ -66,8 +70,9 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--muted); }
 footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.8rem; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.7rem; }
   .wide { display: none; } .narrow { display: block; } .gallery { grid-template-columns: 1fr; }
-  .facts { grid-template-columns: 1fr 1fr; gap: 0.6rem; } .fact { padding: 0.6rem 0.75rem; } .fact b { font-size: 1.15rem; }
-  td.words { display: none; } }
+  .facts { grid-template-columns: 1fr 1fr; gap: 0.6rem; } .fact { padding: 0.6rem 0.75rem; }
+  .fact b { font-size: 1.15rem; }
+  td.words:not(.why), th:empty { display: none; } }
 @media print { body { background: none; } h2, figure, .example { break-inside: avoid; break-after: avoid; } }
 """
 
@@ -115,8 +120,9 @@ PAGE = (
 <section class="facts">
 <div class="fact"><b>{{ main.zero_shot['global'] | percent }} → {{ main.final['global'] | percent }}</b>
 <span>global accuracy, before the first round and after the last</span></div>
-<div class="fact"><b>{{ main.link[0] | bytes }} up, {{ main.link[1] | bytes }} down</b>
-<span>over the link in all; Flower's messages {{ main.control | sum | bytes }}</span></div>
+<div class="fact"><b>{{ main.link | sum | bytes }}</b>
+<span>over the link, {{ main.link[0] | bytes }} up and {{ main.link[1] | bytes }} down;
+{{ main.control | sum | bytes }} of Flower's messages</span></div>
 {% if main.stored %}
 <div class="fact"><b>{{ main.stored.less | percent }} less</b>
 <span>parameters on a client than the whole model has</span></div>
@@ -138,12 +144,14 @@ PAGE = (
 </tbody></table></div>
 <p class="note"><b>One seed is one seed.</b> Every figure here is a single run with seed {{ cfg.seed }}, and two arms a
 few points apart may stand the other way round with the next seed.
-{% if chance is not none %}The draw of {{ main.questions.values() | sum }} {{ cfg.evaluate.split }} questions alone moves
-an accuracy of {{ main.final['global'] | percent }} by ±{{ (100 * chance) | round(1) }} points (95%).{% endif %}
+{% if chance is not none %}
+The draw of {{ main.questions.values() | sum }} {{ cfg.evaluate.split }} questions alone moves
+an accuracy of {{ main.final['global'] | percent }} by ±{{ (100 * chance) | round(1) }} points (95%).
+{% endif %}
 Run several seeds and set their folders side by side with <code>fedmm compare</code>: mean and 95% interval.</p>
-<p class="note"><i>Global</i> is accuracy on everybody's {{ cfg.evaluate.split }} questions; for personal models, the mean
-over clients of each one's accuracy on all of them. <i>Own</i> is each client's accuracy on its own part, averaged over
-clients; <i>worst</i> is the lowest of these. A dash was not measured. MB count the link and Flower's messages, both
+<p class="note"><i>Global</i> is accuracy on everybody's {{ cfg.evaluate.split }} questions; for personal models, the
+mean over clients of each one's accuracy on all of them. <i>Own</i> is each client's accuracy on its own part, averaged
+over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB count the link and Flower's messages, both
 directions; seconds are from an arm's first event to its last.</p>
 
 <h2>Accuracy by round</h2>
@@ -163,25 +171,24 @@ directions; seconds are from an arm's first event to its last.</p>
 {% for arm in arms %}<th>{{ arm.label }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for client in range(main.clients) %}
-<tr><td>{{ client }}</td><td>{{ main.examples.get(client, '–') }}</td><td>{{ main.questions.get(client, '–') }}</td>
+<tr><td>{{ client }}</td><td>{{ main.examples.get(client, dash) }}</td><td>{{ main.questions.get(client, dash) }}</td>
 <td>{{ main.zero_shot.own.get(client | string) | percent }}</td>
 {% for arm in arms %}<td>{{ arm.final.own.get(client | string) | percent }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 
 <h2>What travelled</h2>
-{{ figure('bytes_by_channel', main.label ~ ', all rounds and clients together, as counted on the wire. Each grid line is '
-  ~ 'a thousand times the one before.') }}
+{{ figure('bytes_by_channel', main.label ~ ', all rounds and clients together, as counted on the wire. '
+  ~ 'Every mark of the axis is a thousand times the one before.') }}
 <div class="scroll"><table>
-<thead><tr><th>channel</th>{% for arm in arms %}<th>{{ arm.label }}<br>up</th><th><br>down</th>{% endfor %}
-<th></th></tr></thead>
+<thead><tr><th>channel</th><th></th>{% for arm in arms %}<th>{{ arm.label }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for channel, what in channels.items() if arms | selectattr('bytes.' ~ channel, 'defined') | list %}
-<tr><td>{{ channel }}</td>
-{% for arm in arms %}{% for i in (0, 1) %}
-<td>{{ arm.bytes[channel][i] | bytes if channel in arm.bytes else '–' }}</td>
-{% endfor %}{% endfor %}
-<td class="words">{{ what }}</td></tr>
+<tr><td>{{ channel }}</td><td class="words">{{ what }}</td>
+{% for arm in arms %}
+<td>{% if channel in arm.bytes %}{{ arm.bytes[channel][0] | bytes }} ↑<br>{{ arm.bytes[channel][1] | bytes }} ↓
+{%- else %}{{ dash }}{% endif %}</td>
+{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 
@@ -191,10 +198,15 @@ directions; seconds are from an arm's first event to its last.</p>
 <div class="bar" role="img" aria-label="{{ (1 - stored.less) | percent }} of the model's parameters lie on a client">
 <i style="width: {{ (stored.frozen / stored.model) | percent(3) }}; background: var(--series-1)"></i>
 <i style="width: {{ (stored.trained / stored.model) | percent(3) }}; background: var(--series-2)"></i></div>
-<p><span class="key" style="background: var(--series-1)"></span>{{ stored.frozen | count }} frozen (encoder, connector,
-token table) &nbsp; <span class="key" style="background: var(--series-2)"></span>{{ stored.trained | count }} trained
-&nbsp; <span class="key" style="background: var(--line)"></span>of {{ stored.model | count }} in the whole model:
-{{ stored.less | percent }} less than holding it. Nothing is left out of the count.</p>
+<p class="keys">
+<span><span class="key" style="background: var(--series-1)"></span>encoder, connector, token table
+<b>{{ stored.frozen | count }}</b></span>
+<span><span class="key" style="background: var(--series-2)"></span>adapters <b>{{ stored.trained | count }}</b></span>
+<span><span class="key" style="background: var(--line)"></span>on the server alone
+<b>{{ (stored.model - stored.frozen) | count }}</b></span></p>
+<p class="note">Parameters. A client stores {{ (stored.frozen + stored.trained) | count }}, which is
+{{ stored.less | percent }} less than the {{ stored.model | count }} of the whole model. The connector and the token
+table are in the count.</p>
 {% endif %}
 
 {% if arms | selectattr('means.seconds', 'defined') | list %}
@@ -224,7 +236,8 @@ frozen LLM. Peak memory is of the client's process, which in one-process runs is
 <tbody>
 {% for arm in arms %}
 {% for row in arm.lost %}
-<tr><td>{{ arm.label }}</td><td>{{ row.round }}</td><td>{{ row.client }}</td><td class="words why">{{ row.reason }}</td></tr>
+<tr><td>{{ arm.label }}</td><td>{{ row.round }}</td><td>{{ row.client }}</td>
+<td class="words why">{{ row.reason }}</td></tr>
 {% endfor %}
 {% for client in arm.unscored %}
 <tr><td>{{ arm.label }}</td><td>final</td><td>{{ client }}</td>
@@ -239,13 +252,20 @@ frozen LLM. Peak memory is of the client's process, which in one-process runs is
 {% if gallery %}
 <h2>Some questions, before and after</h2>
 <p class="note">{{ gallery | map(attribute='cards') | map('length') | sum }} of the {{ gallery[0].of }}
-{{ cfg.evaluate.split }} questions that {{ cfg.label }} answered both before round 1 and after round {{ cfg.rounds }}. Chosen by
-rule, not by eye: each outcome has the share of places that it has among all questions (one at least), clients take
-turns, and a hash of the seed and the question's name picks among a client's questions.</p>
-{% for group in gallery if group.cards %}
-<h3>{{ group.outcome | capitalize }} <span class="note">· {{ group.count }} of {{ group.of }},
-{{ (group.count / group.of) | percent }}</span></h3>
+{{ cfg.evaluate.split }} questions that {{ cfg.label }} answered both before round 1 and after round {{ cfg.rounds }}.
+Chosen by rule, not by eye: each outcome has the share of places that it has among all questions (one at least), clients
+take turns, and a hash of the seed and the question's name picks among a client's questions.</p>
+<div class="bar" aria-hidden="true">
+{% for group in gallery %}
+<i style="width: {{ (group.count / group.of) | percent(3) }}; background: var(--{{ group.colour }})"></i>
+{% endfor %}
+</div>
+<p class="keys">{% for group in gallery %}
+<span><span class="key" style="background: var(--{{ group.colour }})"></span>{{ group.outcome }}
+<b>{{ group.count }}</b> ({{ (group.count / group.of) | percent(0) }})</span>
+{% endfor %}</p>
 <div class="gallery">
+{% for group in gallery %}
 {% for card in group.cards %}
 <div class="example">
 <div>{% for image in card.images %}<img src="{{ image.url }}" alt="the image asked about"
@@ -254,11 +274,12 @@ turns, and a hash of the seed and the question's name picks among a client's que
 <dl><dt>truth</dt><dd>{{ card.pair.after.truth }}</dd>
 <dt>before</dt>{{ said(card.pair.before) }}
 <dt>after</dt>{{ said(card.pair.after) }}
-<dt>client</dt><dd>{{ card.pair.client }}</dd></dl></div>
+<dt>client</dt><dd>{{ card.pair.client }}</dd></dl>
+<div class="note"><span class="key" style="background: var(--{{ group.colour }})"></span>{{ group.outcome }}</div></div>
 </div>
 {% endfor %}
-</div>
 {% endfor %}
+</div>
 {% endif %}
 
 <h2>Where it ran</h2>

@@ -276,9 +276,11 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, int]], colour: str, largest: int
     axes.xaxis.set_major_locator(ticker.LogLocator(base=1000, numticks=9))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: readable_bytes(value)))
+    axes.grid(False)
     for y, (_, value) in enumerate(rows):
         at = max(value, floor)
         if value:
+            axes.plot([floor, at], [y, y], color=_light("line"), linewidth=1)
             axes.plot([at], [y], marker="o", markersize=7, color=colour, clip_on=False)
         place = {"xytext": (9 if value else 4, 0), "textcoords": "offset points", "va": "center"}
         shade = _light("ink" if value else "muted")

@@ -13,7 +13,7 @@ import json
 import math
 import shlex
 import statistics
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,15 @@ from fedmm.runs.folder import read_rows
 from fedmm.runs.page import CHANNELS, PAGE
 from fedmm.types import Example
 
+DASH = "\N{EN DASH}"
 THUMBNAIL = 256  # pixels of the longer side of an image in the page
-OUTCOMES = ("put right", "still wrong", "no longer right", "right before and after")
+OUTCOMES = {
+    "put right": "series-3",
+    "still right": "series-1",
+    "still wrong": "line",
+    "no longer right": "series-2",
+}
+"""What became of an answer, and its colour in the page."""
 
 
 def write(run: Path) -> Path:
@@ -62,6 +69,7 @@ def render(run: Path) -> str:
         environment=json.loads((run / "environment.json").read_text()),
         config=(run / "config.yaml").read_text(),
         headings=table.HEADINGS,
+        dash=DASH,
         chance=_chance(arms[0]) if arms else None,
         channels=CHANNELS,
         panels=plots.PANELS,
@@ -139,7 +147,7 @@ def _figure(run: Path, name: str) -> dict[str, Markup]:
     """One figure for a page and one for a phone; matplotlib escapes the text inside."""
     title, draw = name.replace("_", " "), plots.FIGURES[name]
     widths = {"wide": plots.WIDE, "narrow": plots.NARROW}
-    return {size: Markup(plots.svg(draw(run, width), title)) for size, width in widths.items()}  # noqa: S704
+    return {size: Markup(plots.svg(draw(run, width), title)) for size, width in widths.items()}
 
 
 # ---- the gallery --------------------------------------------------------------------------------------------------
@@ -155,7 +163,9 @@ class Pair:
 
     @property
     def outcome(self) -> str:
-        return OUTCOMES[(1, 0, 2, 3)[2 * self.before.right + self.after.right]]
+        if self.after.right:
+            return "still right" if self.before.right else "put right"
+        return "no longer right" if self.before.right else "still wrong"
 
 
 def gallery(run: Path, cfg: Config) -> list[dict[str, Any]]:
@@ -168,11 +178,12 @@ def gallery(run: Path, cfg: Config) -> list[dict[str, Any]]:
     return [
         {
             "outcome": outcome,
+            "colour": colour,
             "count": sum(pair.outcome == outcome for pair in pairs),
             "of": len(pairs),
             "cards": [_card(pair, examples[pair.after.id]) for pair in shown if pair.outcome == outcome],
         }
-        for outcome in OUTCOMES
+        for outcome, colour in OUTCOMES.items()
     ]
 
 
@@ -199,17 +210,21 @@ def _shares(counts: Mapping[str, int], total: int) -> dict[str, int]:
     shares = {name: min(1, count) for name, count in counts.items()}
     everything = sum(counts.values())
     for _ in range(min(total, everything) - sum(shares.values())):
-        behind = {name: total * counts[name] / everything - shares[name] for name in counts if shares[name] < counts[name]}
+        behind = {
+            name: total * counts[name] / everything - shares[name] for name in counts if shares[name] < counts[name]
+        }
         shares[max(behind, key=lambda name: behind[name])] += 1
     return shares
 
 
 def _in_turn(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    turns: dict[int, list[Pair]] = defaultdict(list)
+    """Every client's first by hash, then every client's second, and so on."""
+    taken: Counter[int] = Counter()
+    ranked: list[tuple[int, Pair]] = []
     for pair in sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}/{pair.after.id}".encode()).digest()):
-        turns[pair.client].append(pair)
-    ranked = [(turn, client, pair) for client, own in turns.items() for turn, pair in enumerate(own)]
-    return [pair for _, _, pair in sorted(ranked, key=lambda entry: entry[:2])]
+        ranked.append((taken[pair.client], pair))
+        taken[pair.client] += 1
+    return [pair for _, pair in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def _card(pair: Pair, example: Example) -> dict[str, Any]:
@@ -230,7 +245,7 @@ def _image(image: Image.Image) -> dict[str, Any]:
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f}%"
+    return DASH if share is None else f"{100 * share:.{digits}f}%"
 
 
 def _count(value: float) -> str:

@@ -1,0 +1,73 @@
+# What the scripts share: an environment of this checkout's own, and Flower kept inside it. Sourced, not run.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+state="$root/.fedmm" # Flower's home, logs, the cache of frozen parts: delete it and nothing is lost
+export PATH="$root/.venv/bin:$PATH"
+export FEDMM_HOME="${FEDMM_HOME:-$state/cache}" FLWR_HOME="$state/flower"
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 # the app runs in this environment, not in one Flower makes per run
+export TOKENIZERS_PARALLELISM=false
+
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+
+# set_up [EXTRA]: .venv with the package (and an extra) in it; does nothing where pyproject.toml has not changed.
+set_up() {
+    local extra=${1:-} stamp want python
+    stamp="$root/.venv/.fedmm-${extra:-run}"
+    want=$(cksum <"$root/pyproject.toml")
+    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
+    python=$(command -v python3.11 || command -v python3)
+    say "installing into .venv (once; a few minutes)"
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}"
+    printf '%s' "$want" >"$stamp"
+}
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+# start NAME COMMAND...: in the background, its output in a log; ended with this script, by its own process id.
+pids=()
+start() {
+    local name=$1
+    shift
+    mkdir -p "$state/log"
+    "$@" >"$state/log/$name.log" 2>&1 &
+    pids+=($!)
+}
+end_all() {
+    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+}
+trap end_all EXIT
+
+# connect NAME PORT: let `flwr run APP NAME` find the SuperLink on this port, and wait until it answers.
+connect() {
+    mkdir -p "$FLWR_HOME"
+    printf '[superlink]\ndefault = "%s"\n[superlink.%s]\naddress = "127.0.0.1:%s"\ninsecure = true\n' "$1" "$1" "$2" \
+        >"$FLWR_HOME/config.toml"
+    for _ in $(seq 120); do
+        python -c "import socket; socket.create_connection(('127.0.0.1', $2), 1)" 2>/dev/null && return
+        sleep 0.5
+    done
+    say "the SuperLink did not start; see $state/log/superlink.log"
+    return 1
+}
+
+# run_app NAME DIR FEDERATION OVERRIDE...: one run of the app, watched from its folder. Fails where the run failed.
+run_app() {
+    local name=$1 dir=$2 federation=$3 overrides quoted stream
+    shift 3
+    overrides=$(printf '%q ' "$@" "run.dir=$dir")
+    quoted=${overrides//\\/\\\\}
+    say "flwr run $root $name --run-config 'overrides=\"${overrides% }\"'"
+    mkdir -p "$state/log" && cd "$state" # not in the project's folder: workers would import it instead of the bundle
+    flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
+        --run-config "overrides=\"${quoted//\"/\\\"}\"" >"$state/log/flwr.log" 2>&1 &
+    stream=$!
+    pids+=("$stream")
+    fedmm watch "$dir" --pid "$stream" || {
+        tail -n 30 "$state/log/flwr.log"
+        say "the run failed; the whole log is $state/log/flwr.log"
+        return 1
+    }
+}

@@ -1,0 +1,114 @@
+"""Every yaml composes and binds; every mistake is named with the knob to turn, all at once, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedmm.runs import config
+from fedmm.runs.config import ConfigError, check, compose, load, options
+
+CHOICES = [(group, name) for group in config.groups() for name in options(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_yaml_of_every_group_composes_and_binds(group, name):
+    extra = ["method=fednano"] if (group, name) == ("rule", "fisher") else []
+    extra += ["rule=mean"] if group == "method" else []
+    assert list(check(compose([f"{group}={name}", *extra]))) == []
+
+
+def test_every_group_is_in_the_table_of_contents():
+    text = (config.folder() / "config.yaml").read_text()
+    assert all(f"- {group}:" in text for group in config.groups())
+
+
+def test_the_default_is_fednano_with_fisher():
+    cfg = load()
+    assert cfg.label == "FedNano" and cfg.clients == 5
+    assert cfg.rule["_target_"].endswith("fisher") and cfg.method.fisher is not None
+
+
+def test_a_method_chosen_by_hand_names_itself():
+    assert load(["method=fedprox", "rule=mean"]).label == "fedprox+mean"
+    assert load(["method=fedprox", "rule=mean", "label=mine"]).label == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("ronds=3", r"(?s)ronds.*available options.*rounds"),
+        ("link.los=client", r"(?s)los.*available options in link.*loss"),
+        ("method=fednanu", r"(?s)fednanu.*fednano"),
+        ("rule=average", r"(?s)average.*mean"),
+        ("nonsense=1", r"(?s)nonsense.*available options"),
+        ("rounds=three", "three"),
+        ("clients=2.5", "2.5"),
+        ("rounds", "rounds"),
+    ],
+)
+def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says):
+    with pytest.raises(ConfigError, match=says):
+        load([override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rule.floor=low"], "rule.floor must be float, got 'low'"),
+        (["rule=mean", "rule.weights=heavy"], "rule.weights must be"),
+        (["+rule.flor=1"], "rule.flor is unknown to fedmm.aggregate.fisher.fisher; available options: .*floor"),
+        (["optimizer.lr=fast"], "optimizer.lr must be"),
+        (["clients=0"], "clients must be at least 1"),
+        (["clients_per_round=9"], "clients_per_round must be from 1 to clients=5"),
+        (["link.loss=server"], "link.loss must be auto or client"),
+        (["compare=[fedavg,fedmagic]"], "compare names 'fedmagic'; available options: .*fedavg"),
+        (["arm=fedavg", "rule=fisher"], "rule=fisher needs a method that makes a Fisher; set method=fednano"),
+        (["method.use=[local]"], "method.use names"),
+        (["evaluate.split=train"], "evaluate.split must be"),
+        (["rule._target_=os.system"], "_target_=os.system is outside fedmm"),
+        (["rule._target_=fedmm.aggregate.mean.median"], "does not exist"),
+        (["link.deadline_seconds=0"], "link.deadline_seconds must be above 0"),
+        (["edge.rank=0"], "edge.rank must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_knob(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load(overrides)
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load(["clients=0", "link.loss=server", "rule.floor=low", "compare=[nobody]"])
+    assert len(str(caught.value).splitlines()) >= 4
+
+
+def test_a_site_may_allow_targets_of_its_own(monkeypatch):
+    overrides = ["rule=mean", "rule._target_=operator.add", "~rule.weights"]
+    assert any("outside" in line for line in check(compose(overrides)))
+    monkeypatch.setenv("FEDMM_ALLOW_TARGETS", "operator.")
+    assert not any("outside" in line for line in check(compose(overrides)))
+
+
+def test_a_target_is_looked_at_before_it_is_called():
+    from omegaconf import OmegaConf
+
+    with pytest.raises(ConfigError, match="outside"):
+        config.make(OmegaConf.create({"_target_": "fedmm.aggregate.mean.mean", "weights": {"_target_": "os.getcwd"}}))
+
+
+def test_one_scalar_carries_a_whole_command_line():
+    overrides = config.split("""rounds=2 'llm.prompt="<image> {question}"' compare=[local,fedavg] run.dir=/tmp/x""")
+    cfg = compose(overrides)
+    assert cfg.rounds == 2 and list(cfg.compare) == ["local", "fedavg"] and cfg.llm.prompt == "<image> {question}"
+    with pytest.raises(ConfigError, match="cannot be split"):
+        config.split("run.dir='half")
+
+
+def test_compared_arms_keep_what_was_asked_but_their_method():
+    overrides = ["arm=fednano", "rounds=3", "rule.floor=0.1", "compare=[local,centralised]", "dataset.train=100"]
+    arms = config.arms(compose(overrides), overrides)
+    assert [name for name, _ in arms] == ["main", "local", "centralised"]
+    for _, asked in arms[1:]:
+        cfg = load(asked)
+        assert cfg.rounds == 3 and cfg.dataset.train == 100
+    assert load(arms[2][1]).pooled

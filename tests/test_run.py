@@ -1,0 +1,243 @@
+"""Whole runs in one process, through the real host and link, on a small random LLaVA loaded as a 7B one would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmm import tree
+from fedmm.flower import inprocess
+from fedmm.runs import client as client_side
+from fedmm.runs import home, table
+from fedmm.runs.config import ConfigError, load
+from fedmm.runs.folder import RunFolder, read_rows
+from fedmm.types import FedmmError
+
+SMALL = ["rounds=2", "clients=3", "batch_size=8", "edge.rank=4", "partition=iid"]
+DATA = ["dataset.train=36", "dataset.validation=9", "dataset.test=12"]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> list[str]:
+    """The overrides that put a small random LLaVA in the place of LLaVA-1.5-7B, through the same yaml and loader."""
+    from conftest import small_llava
+
+    path = small_llava(tmp_path_factory.mktemp("backbone"), image_size=48)
+    return ["llm=llava_1_5_7b", f"llm.path={path}", "llm.dtype=float32", "llm.device=cpu", r'llm.prompt="<image> {question}"']
+
+
+def run(backbone, folder: Path, *overrides: str) -> Path:
+    asked = [*backbone, *SMALL, *DATA, *overrides, f"run.dir={folder}"]
+    return inprocess.run(asked, load(asked).clients)
+
+
+def rounds(path: Path) -> list[dict]:
+    return read_rows(path / "rounds.jsonl")
+
+
+def test_a_run_leaves_everything_it_says(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run")
+    for name in (
+        "config.yaml", "overrides.txt", "environment.json", "rounds.jsonl", "scores.jsonl", "ledger.jsonl",
+        "events.jsonl", "predictions.jsonl", "summary.json", "report.html", "checkpoints/round_0002.safetensors",
+    ):  # fmt: skip
+        assert (path / name).stat().st_size > 0, name
+    assert [row["round"] for row in rounds(path)] == [1, 2]
+    assert all(row["clients"] == [0, 1, 2] and row["lost"] == {} for row in rounds(path))
+    assert {row["round"] for row in read_rows(path / "scores.jsonl")} == {0, 1, 2}
+    assert table.scores(path, 2)["global"] is not None
+    assert len(read_rows(path / "predictions.jsonl")) == 2 * 12, "every test example, before and after"
+    kept = json.loads((path / "summary.json").read_text())
+    assert kept["bytes"]["adapters"][0] > 0 and kept["bytes"]["fisher"][0] > 0 and kept["bytes"]["steps"][0] > 0
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(backbone, tmp_path):
+    first, again = run(backbone, tmp_path / "a"), run(backbone, tmp_path / "b")
+    other = run(backbone, tmp_path / "c", "seed=1")
+    assert (first / "rounds.jsonl").read_text() == (again / "rounds.jsonl").read_text()
+    assert (first / "rounds.jsonl").read_text() != (other / "rounds.jsonl").read_text()
+
+
+def test_where_the_loss_is_computed_changes_no_bit(backbone, tmp_path):
+    at_host, at_client = run(backbone, tmp_path / "a"), run(backbone, tmp_path / "b", "link.loss=client")
+    assert rounds(at_host) == rounds(at_client)
+
+
+def test_clients_per_round_are_drawn_by_seed_and_round(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "clients_per_round=1", "rounds=5")
+    drawn = [row["clients"] for row in rounds(path)]
+    assert all(len(clients) == 1 for clients in drawn) and len({clients[0] for clients in drawn}) > 1
+    assert table.scores(path, 0)["global"] is not None, "everybody is scored before the first round"
+    assert table.scores(path, 5)["global"] is not None, "and after the last"
+
+
+def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "arm=local", "rounds=3")
+    ledger = [row for row in read_rows(path / "ledger.jsonl") if row["kind"] == "bytes" and row["channel"] == "adapters"]
+    assert sum(row["up_bytes"] + row["down_bytes"] for row in ledger) < 5000, "headers, and no tensor"
+    run_id = json.loads((path / "environment.json").read_text())["run"]
+    states = [home.load_kept(run_id, client, 3) for client in range(3)]
+    assert len({tree.digest(state) for state in states}) == 3, "every client has its own"
+    assert home.load_kept(run_id, 0, 1) is None and home.load_kept(run_id, 0, 2) is not None, "two rounds are kept"
+    losses = [row["loss"]["0"] for row in rounds(path)]
+    assert losses[2] < losses[1] < losses[0]
+    assert table.scores(path, 3)["global"] is not None, "each personal model is scored on everybody's test part"
+    assert table.scores(path, 1)["global"] is None, "but not in between, and nothing else is passed off for it"
+
+
+def test_centralised_is_one_client_with_everything(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "arm=centralised")
+    assert [row["examples"] for row in rounds(path)] == [{"0": 36}] * 2
+    assert set(table.scores(path, 2)["own"]) == {0, 1, 2}, "scored on each client's own part too"
+
+
+def test_arms_are_compared_in_one_run(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "compare=[local,fedavg,centralised]", "rounds=1")
+    labels = [line.label for line in table.lines([path])]
+    assert labels[0] == "zero-shot" and set(labels[1:]) == {"FedNano", "local", "FedAvg", "centralised"}
+    alone = run(backbone, tmp_path / "alone", "arm=fedavg", "rounds=1")
+    assert rounds(path / "arms" / "fedavg") == rounds(alone), "an arm is what it would be alone"
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(backbone, tmp_path):
+    whole = run(backbone, tmp_path / "whole", "rounds=6", "arm=fedavg")
+    asked = [*backbone, *SMALL, *DATA, "rounds=6", "arm=fedavg", f"run.dir={tmp_path / 'killed'}"]
+    for wanted_rounds in (2, 4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedmm.cli", "run", *asked], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while len(read_rows(tmp_path / "killed" / "rounds.jsonl")) < wanted_rounds:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    killed = inprocess.run(asked, 3)
+    assert (killed / "rounds.jsonl").read_text() == (whole / "rounds.jsonl").read_text()
+    assert table.scores(killed, 6) == table.scores(whole, 6)
+
+
+def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, tmp_path, monkeypatch):
+    whole = run(backbone, tmp_path / "whole", "arm=fedavg")
+    take_part, trained = client_side.take_part, []
+
+    def dies_at_client_two(order):
+        if order.train:
+            trained.append((order.round, order.client))
+            if (order.round, order.client) == (2, 2):
+                raise SystemExit("killed")
+        return take_part(order)
+
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", dies_at_client_two)
+    with pytest.raises(SystemExit):
+        run(backbone, tmp_path / "killed", "arm=fedavg")
+    assert trained[-3:] == [(2, 0), (2, 1), (2, 2)]
+    trained.clear()
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", lambda order: (trained.append(order), take_part(order))[1])
+    again = run(backbone, tmp_path / "killed", "arm=fedavg")
+    assert [(order.round, order.client) for order in trained if order.train] == [(2, 2)]
+    assert rounds(again) == rounds(whole)
+    assert {(r["round"], r["client"]) for r in read_rows(again / "scores.jsonl")} == {
+        (round, client) for round in range(3) for client in range(3)
+    }
+
+
+def test_a_client_that_sends_nan_is_left_out_and_said_so(backbone, tmp_path, monkeypatch):
+    send = client_side._send
+
+    def poisoned(session, update):
+        if update.client == 1:
+            update.delta["text.up"][0, 0] = float("nan")
+        send(session, update)
+
+    monkeypatch.setattr(client_side, "_send", poisoned)
+    path = run(backbone, tmp_path / "run", "arm=fedavg")
+    for row in rounds(path):
+        assert row["clients"] == [0, 2]
+        assert "not finite" in row["lost"]["1"]
+    assert "not finite" in (path / "report.html").read_text()
+
+
+def test_a_round_without_any_update_ends_the_run_with_every_reason(backbone, tmp_path):
+    with pytest.raises(FedmmError, match=r"round 1: no client returned an update; client 0: .*optimizer.lr.*client 2"):
+        run(backbone, tmp_path / "run", "optimizer.lr=1e30", "batch_size=4")
+    assert read_rows(tmp_path / "run" / "events.jsonl")[-1]["event"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["clients=40"], "clients=40"),
+        (["partition=function", "clients=9"], "clients=9"),
+        (["llm.load_in=4bit"], "needs a CUDA device"),
+        (["llm.path=/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_round_starts(backbone, tmp_path, overrides, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        run(backbone, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_an_impossible_partition_leaves_nothing_behind(backbone, tmp_path):
+    with pytest.raises(ValueError, match="clients"):
+        run(backbone, tmp_path / "run", "clients=40")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_not_touched(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "rounds=1")
+    before = (path / "rounds.jsonl").read_text()
+    with pytest.raises(ValueError, match="another configuration; set run.dir"):
+        run(backbone, tmp_path / "run", "rounds=1", "seed=5")
+    assert (path / "rounds.jsonl").read_text() == before
+
+
+def test_lora_in_the_encoder_runs_end_to_end(backbone, tmp_path):
+    path = run(backbone, tmp_path / "run", "edge.lora.rank=2", "rounds=1", "arm=fednano_ef")
+    import safetensors.torch
+
+    state = safetensors.torch.load_file(path / "checkpoints" / "round_0001.safetensors")
+    moved = [name for name, tensor in state.items() if name.endswith("lora_B") and tensor.abs().sum() > 0]
+    assert any("encoder" in name for name in moved)
+
+
+def test_a_client_that_lost_what_it_kept_is_told(backbone, tmp_path, monkeypatch):
+    load_kept = home.load_kept
+    monkeypatch.setattr(home, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round))
+    path = run(backbone, tmp_path / "run", "arm=local")
+    assert "no longer has its local adapters of round 1" in rounds(path)[1]["lost"]["1"]
+
+
+def test_state_files_are_whole_or_not_there(tmp_path):
+    folder = RunFolder(tmp_path / "run", "seed: 0\n", [])
+    folder.append("rounds.jsonl", round=1, clients=[0])
+    folder.save_checkpoint(1, {"w": torch.ones(2)}, {"m": torch.zeros(1)})
+    folder.append("rounds.jsonl", round=2, clients=[0])
+    with (tmp_path / "run" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "cl')
+    last, state, memory = RunFolder(tmp_path / "run", "seed: 0\n", []).resume()
+    assert (last, state["w"].tolist(), memory["m"].tolist()) == (1, [1, 1], [0])
+    assert [row["round"] for row in read_rows(tmp_path / "run" / "rounds.jsonl")] == [1]
+
+
+def test_overrides_that_cannot_be_are_named_by_the_command_line(capsys):
+    from fedmm.cli import main
+
+    assert main(["run", "ronds=3"]) == 2
+    assert "available options" in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        load(["ronds=3"])
