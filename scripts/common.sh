@@ -12,15 +12,16 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
 # set_up [EXTRA]: .venv with the package (and an extra) in it; does nothing where pyproject.toml has not changed.
 set_up() {
-    local extra=${1:-} stamp want python
-    stamp="$root/.venv/.fedmm-${extra:-run}"
+    local extra=${1:-} want python
     want=$(cksum <"$root/pyproject.toml")
-    [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
+    for stamp in "$root/.venv/.fedmm-dev" "$root/.venv/.fedmm-$extra"; do # dev holds everything
+        [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
+    done
     python=$(command -v python3.11 || command -v python3)
     say "installing into .venv (once; a few minutes)"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}"
-    printf '%s' "$want" >"$stamp"
+    printf '%s' "$want" >"$root/.venv/.fedmm-$extra"
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
@@ -55,14 +56,14 @@ connect() {
 
 # run_app NAME DIR FEDERATION OVERRIDE...: one run of the app, watched from its folder. Fails where the run failed.
 run_app() {
-    local name=$1 dir=$2 federation=$3 overrides quoted stream
+    local name=$1 dir=$2 federation=$3 overrides stream
     shift 3
-    overrides=$(printf '%q ' "$@" "run.dir=$dir")
-    quoted=${overrides//\\/\\\\}
-    say "flwr run $root $name --run-config 'overrides=\"${overrides% }\"'"
+    overrides=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@" "run.dir=$dir")
     mkdir -p "$state/log" && cd "$state" # not in the project's folder: workers would import it instead of the bundle
+    printf "overrides = '''%s '''\n" "$overrides" >"$state/run.toml"
+    say "flwr run with $overrides"
     flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
-        --run-config "overrides=\"${quoted//\"/\\\"}\"" >"$state/log/flwr.log" 2>&1 &
+        --run-config "$state/run.toml" >"$state/log/flwr.log" 2>&1 &
     stream=$!
     pids+=("$stream")
     fedmm watch "$dir" --pid "$stream" || {

@@ -87,8 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="fixed, as the order of sums depends on it")
     parser.add_argument("--glyphs", type=int, default=40_000, help="open digits to draw scenes from")
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "fedmm" / "assets" / "tiny_llava")
     return parser.parse_args()
 
@@ -248,37 +248,42 @@ def under_patches(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def teach_tower(model: LlavaForConditionalGeneration, feed: Feed, *, steps: int, batch: int) -> None:
-    """Stage 1: digit and colour of every patch, read off the tower's features by two linear heads."""
-    tower = model.model.vision_tower
-    model.patch_heads = nn.ModuleList([nn.Linear(96, 11), nn.Linear(96, len(COLOURS) + 1)])
-    groups = _groups({2e-3: [tower, model.patch_heads]})
+    """Stage 1: digit and colour of every patch, read off what the connector makes of it by two linear heads.
+
+    Heads on the tower alone let the connector drop the colours (1% of its variance), and no colour was ever learnt.
+    """
+    model.patch_heads = nn.ModuleList([nn.Linear(128, 11), nn.Linear(128, len(COLOURS) + 1)])
+    groups = _groups({2e-3: [model.model.vision_tower, model.model.multi_modal_projector, model.patch_heads]})
     for step, lesson in enumerate(_scheduled(groups, feed, steps, batch, "tower")):
-        features = tower(lesson.pixels_BCHW).last_hidden_state[:, 1:]
-        loss = _patch_loss(model, features, lesson)
-        _update(groups, loss, step, "tower")
+        _update(groups, _patch_loss(model, _seen(model, lesson), lesson), step, "tower")
 
 
 def teach_answers(model: LlavaForConditionalGeneration, feed: Feed, *, steps: int, batch: int) -> None:
     """Stage 2: cross-entropy of the answer's words, and a third of the patches' loss, which keeps the tower reading."""
     inner = model.model
-    fresh = [inner.language_model, inner.multi_modal_projector, model.lm_head]
-    groups = _groups({2e-3: fresh, 6e-4: [inner.vision_tower, model.patch_heads]})
+    seeing = [inner.vision_tower, inner.multi_modal_projector, model.patch_heads]
+    groups = _groups({1.5e-3: [inner.language_model, model.lm_head], 6e-4: seeing})
     for step, lesson in enumerate(_scheduled(groups, feed, steps, batch, "answers")):
-        features = inner.vision_tower(lesson.pixels_BCHW).last_hidden_state[:, 1:]
+        seen = _seen(model, lesson)
         embeds = inner.get_input_embeddings()(lesson.tokens_BT)
-        embeds = torch.cat([embeds[:, :1], inner.multi_modal_projector(features), embeds[:, 1 + GRID**2 :]], 1)
+        embeds = torch.cat([embeds[:, :1], seen, embeds[:, 1 + GRID**2 :]], 1)
         hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, :-1]
         labels = lesson.labels_BT[:, 1:]
         told = labels != IGNORE
         loss = F.cross_entropy(model.lm_head(hidden[told]), labels[told])
-        _update(groups, loss + 0.33 * _patch_loss(model, features, lesson), step, "answers", answer_loss=loss.item())
+        _update(groups, loss + 0.33 * _patch_loss(model, seen, lesson), step, "answers", answer_loss=loss.item())
     del model.patch_heads
 
 
-def _patch_loss(model: nn.Module, features_BPE: Tensor, lesson: Lesson) -> Tensor:
-    digits, colours = (head(features_BPE).flatten(0, 1) for head in model.patch_heads)
-    digit_loss = F.cross_entropy(digits, lesson.digits_BP.flatten())
-    return digit_loss + 0.3 * F.cross_entropy(colours, lesson.colours_BP.flatten())
+def _seen(model: LlavaForConditionalGeneration, lesson: Lesson) -> Tensor:
+    """The image tokens as the LLM gets them, (B, 36, 128)."""
+    features = model.model.vision_tower(lesson.pixels_BCHW).last_hidden_state[:, 1:]
+    return model.model.multi_modal_projector(features)
+
+
+def _patch_loss(model: nn.Module, seen_BPD: Tensor, lesson: Lesson) -> Tensor:
+    digits, colours = (head(seen_BPD).flatten(0, 1) for head in model.patch_heads)
+    return F.cross_entropy(digits, lesson.digits_BP.flatten()) + F.cross_entropy(colours, lesson.colours_BP.flatten())
 
 
 def _groups(rates: dict[float, Sequence[nn.Module]]) -> torch.optim.Optimizer:

@@ -155,15 +155,19 @@ def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, tmp_path, 
     }
 
 
-def test_a_client_that_sends_nan_is_left_out_and_said_so(backbone, tmp_path, monkeypatch):
+def poison(monkeypatch, clients):
     send = client_side._send
 
     def poisoned(session, update):
-        if update.client == 1:
+        if update.client in clients:
             update.delta["text.up"][0, 0] = float("nan")
         send(session, update)
 
     monkeypatch.setattr(client_side, "_send", poisoned)
+
+
+def test_a_client_that_sends_nan_is_left_out_and_said_so(backbone, tmp_path, monkeypatch):
+    poison(monkeypatch, {1})
     path = run(backbone, tmp_path / "run", "arm=fedavg")
     for row in rounds(path):
         assert row["clients"] == [0, 2]
@@ -171,9 +175,10 @@ def test_a_client_that_sends_nan_is_left_out_and_said_so(backbone, tmp_path, mon
     assert "not finite" in (path / "report.html").read_text()
 
 
-def test_a_round_without_any_update_ends_the_run_with_every_reason(backbone, tmp_path):
-    with pytest.raises(FedmmError, match=r"round 1: no client returned an update; client 0: .*optimizer.lr.*client 2"):
-        run(backbone, tmp_path / "run", "optimizer.lr=1e30", "batch_size=4")
+def test_a_round_without_any_update_ends_the_run_with_every_reason(backbone, tmp_path, monkeypatch):
+    poison(monkeypatch, {0, 1, 2})
+    with pytest.raises(FedmmError, match=r"round 1: no client returned an update; client 0: .*not finite.*client 2"):
+        run(backbone, tmp_path / "run")
     assert read_rows(tmp_path / "run" / "events.jsonl")[-1]["event"] == "failed"
 
 
@@ -181,7 +186,6 @@ def test_a_round_without_any_update_ends_the_run_with_every_reason(backbone, tmp
     ("overrides", "says"),
     [
         (["clients=40"], "clients=40"),
-        (["partition=function", "clients=9"], "clients=9"),
         (["llm.load_in=4bit"], "needs a CUDA device"),
         (["llm.path=/nowhere/at/all"], "/nowhere/at/all"),
     ],

@@ -23,7 +23,7 @@ from beartype.door import is_bearable
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -285,7 +285,10 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
         return None
     for _, inner in _walk("", node):
         _locate(str(inner["_target_"]))
-    return instantiate(node, *args, _convert_="all", **kwargs)
+    try:
+        return instantiate(node, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:  # hydra's wrapping hides what the target said
+        raise (error.__cause__ or error) from None
 
 
 def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:

@@ -53,7 +53,7 @@ figcaption { margin: 0.5rem 0 1.2rem; max-width: 46rem; }
   margin: 0.9rem 0 0.4rem; }
 .bar i { display: block; min-width: 2px; }
 .key { display: inline-block; width: 0.75em; height: 0.75em; border-radius: 2px; margin-right: 0.35em; }
-.keys { display: flex; flex-wrap: wrap; gap: 0.1rem 1.4rem; margin-bottom: 1.2rem; }
+.keys { display: flex; max-width: none; flex-wrap: wrap; gap: 0.1rem 1.4rem; margin-bottom: 1.2rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: 0.8rem; }
 .example { display: flex; gap: 0.9rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 0.8rem; }
@@ -70,8 +70,9 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--muted); }
 footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.8rem; }
 @media (max-width: 40rem) { main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.7rem; }
   .wide { display: none; } .narrow { display: block; } .gallery { grid-template-columns: 1fr; }
-  .facts { grid-template-columns: 1fr 1fr; gap: 0.6rem; } .fact { padding: 0.6rem 0.75rem; }
+  .facts { grid-template-columns: 1fr; gap: 0.6rem; } .fact { padding: 0.6rem 0.75rem; }
   .fact b { font-size: 1.15rem; }
+  table { font-size: 0.88rem; } th, td { padding: 0.4rem 0.4rem; } thead th { min-width: 0; }
   td.words:not(.why), th:empty { display: none; } }
 @media print { body { background: none; } h2, figure, .example { break-inside: avoid; break-after: avoid; } }
 """
@@ -151,8 +152,8 @@ an accuracy of {{ main.final['global'] | percent }} by ±{{ (100 * chance) | rou
 Run several seeds and set their folders side by side with <code>fedmm compare</code>: mean and 95% interval.</p>
 <p class="note"><i>Global</i> is accuracy on everybody's {{ cfg.evaluate.split }} questions; for personal models, the
 mean over clients of each one's accuracy on all of them. <i>Own</i> is each client's accuracy on its own part, averaged
-over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB count the link and Flower's messages, both
-directions; seconds are from an arm's first event to its last.</p>
+over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB count the link and Flower's messages,
+both directions; seconds are from an arm's first event to its last.</p>
 
 <h2>Accuracy by round</h2>
 {% set own = arms | rejectattr('curve.everybody') | map(attribute='label') | list %}

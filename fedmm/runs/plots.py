@@ -6,15 +6,17 @@ A figure is drawn once, in the colours of a light page. `png` keeps them; `svg` 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import ticker
@@ -64,14 +66,40 @@ def curve(folder: Path) -> Curve:
     return Curve(label, tuple(own), tuple(own.values()), False)
 
 
-def accuracy_by_round(run: Path, width: float = WIDE) -> Figure:
-    """One line per finished arm, zero-shot as a dashed level."""
-    curves = [found for folder in table.arm_folders(run) if (found := curve(folder)).rounds]
+def by_client(folder: Path) -> dict[int, dict[int, float]]:
+    """Each client's accuracy on its own test examples by round, of one arm."""
+    found: dict[int, dict[int, float]] = {}
+    for round in sorted({row["round"] for row in read_rows(folder / "scores.jsonl")}):
+        for client, value in table.scores(folder, round)["own"].items():
+            found.setdefault(client, {})[round] = value
+    return found
+
+
+def figures(run: Path) -> dict[str, Callable[[float], Figure]]:
+    """What there is to draw of a run, by name, each a function of the width in inches; empty before an arm finished."""
+    folders = table.arm_folders(run)
+    if not folders:
+        return {}
+    moved = json.loads((folders[0] / "summary.json").read_text())["bytes"]
+    return {
+        "accuracy_by_round": functools.partial(accuracy_by_round, [curve(folder) for folder in folders]),
+        "accuracy_by_client": functools.partial(accuracy_by_client, by_client(folders[0])),
+        "bytes_by_channel": functools.partial(bytes_by_channel, moved),
+    }
+
+
+def accuracy_by_round(curves: Sequence[Curve], width: float = WIDE) -> Figure:
+    """One line per arm, zero-shot as a dashed level."""
+    curves = [arm for arm in curves if arm.rounds]
     figure, (axes,) = _panels(width, 3.7, 1, 1)
     named: list[tuple[str, float, str]] = []
     for i, arm in enumerate(curves):
         colour = _series(i)
-        style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linewidth": 2.4 if i == 0 else 1.6}
+        style: dict[str, Any] = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 5,
+            "linewidth": 2.4 if i == 0 else 1.6,
+        }
         axes.plot(arm.rounds, arm.values, color=colour, zorder=9 - i, clip_on=False, **style)
         star = "" if arm.everybody else "*"
         named.append((f"{_short(arm.label)}{star}  {100 * arm.values[-1]:.1f}", arm.values[-1], colour))
@@ -86,21 +114,14 @@ def accuracy_by_round(run: Path, width: float = WIDE) -> Figure:
     return figure
 
 
-def accuracy_by_client(run: Path, width: float = WIDE) -> Figure:
-    """The main arm: each client's own test accuracy by round, the others behind it; beyond PANELS, their spread."""
-    folder = table.arm_folders(run)[0]
-    scored = sorted({row["round"] for row in read_rows(folder / "scores.jsonl")})
-    by_client: dict[int, dict[int, float]] = {}
-    for round in scored:
-        for client, value in table.scores(folder, round)["own"].items():
-            by_client.setdefault(client, {})[round] = value
-    return _spread(by_client, width) if len(by_client) > PANELS else _small_multiples(by_client, width)
+def accuracy_by_client(accuracy: Mapping[int, Mapping[int, float]], width: float = WIDE) -> Figure:
+    """Client: round: accuracy. A panel per client with the others behind it; beyond PANELS clients, their spread."""
+    return _spread(accuracy, width) if len(accuracy) > PANELS else _small_multiples(accuracy, width)
 
 
-def bytes_by_channel(run: Path, width: float = WIDE) -> Figure:
-    """The main arm: bytes on the wire in all, by channel, up and down. Dots, as bars have no zero on a logarithm."""
-    summary = json.loads((table.arm_folders(run)[0] / "summary.json").read_text())
-    channels = sorted(summary["bytes"].items(), key=lambda item: sum(item[1]))
+def bytes_by_channel(moved: Mapping[str, Sequence[int]], width: float = WIDE) -> Figure:
+    """Channel: bytes up and down. Dots, as bars have no zero on a logarithm."""
+    channels = sorted(moved.items(), key=lambda item: sum(item[1]))
     columns = 2 if width > NARROW else 1
     height = (0.32 * len(channels) + 0.75) * (2 // columns)
     figure, panels = _panels(width, height, 2 // columns, columns)
@@ -115,14 +136,6 @@ def bytes_by_channel(run: Path, width: float = WIDE) -> Figure:
     top, bottom = 1 - 0.3 / height, 0.38 / height
     figure.subplots_adjust(left=0.8 / width, right=1 - 0.3 / width, top=top, bottom=bottom, wspace=0.1, hspace=0.5)
     return figure
-
-
-FIGURES = {
-    "accuracy_by_round": accuracy_by_round,
-    "accuracy_by_client": accuracy_by_client,
-    "bytes_by_channel": bytes_by_channel,
-}
-"""The figures of a report by the names of their files in `plots/`."""
 
 
 def png(figure: Figure) -> bytes:
@@ -162,16 +175,16 @@ def readable_bytes(count: float) -> str:
 # ---- the two forms of accuracy by client --------------------------------------------------------------------------
 
 
-def _small_multiples(by_client: dict[int, dict[int, float]], width: float) -> Figure:
-    columns = min(max(1, len(by_client)), 5 if width > NARROW else 3)
-    rows = max(1, math.ceil(len(by_client) / columns))
+def _small_multiples(accuracy: Mapping[int, Mapping[int, float]], width: float) -> Figure:
+    columns = min(max(1, len(accuracy)), 5 if width > NARROW else 3)
+    rows = max(1, math.ceil(len(accuracy) / columns))
     height = 1.55 * rows + 0.25
     figure, panels = _panels(width, height, rows, columns)
-    everything = [value for values in by_client.values() for value in values.values()]
-    for i, (axes, client) in enumerate(zip(panels, sorted(by_client), strict=False)):
-        for other in by_client.values():
+    everything = [value for values in accuracy.values() for value in values.values()]
+    for i, (axes, client) in enumerate(zip(panels, sorted(accuracy), strict=False)):
+        for other in accuracy.values():
             axes.plot(list(other), list(other.values()), color=_light("line"), linewidth=1, zorder=1)
-        own = by_client[client]
+        own = accuracy[client]
         ends = [*own][-1]
         axes.plot(list(own), list(own.values()), color=_series(0), linewidth=2, zorder=3)
         axes.plot([ends], [own[ends]], color=_series(0), marker="o", markersize=4.5, zorder=4, clip_on=False)
@@ -182,27 +195,27 @@ def _small_multiples(by_client: dict[int, dict[int, float]], width: float) -> Fi
         axes.set_title(f"{100 * own[ends]:.0f}", loc="right", fontsize=10, color=_series(0), fontweight="bold")
         if i % columns:
             axes.set_yticklabels([])
-    for axes in panels[len(by_client) :]:
+    for axes in panels[len(accuracy) :]:
         axes.set_visible(False)
     margins = {"left": 0.5 / width, "right": 1 - 0.12 / width, "top": 1 - 0.3 / height, "bottom": 0.47 / height}
     figure.subplots_adjust(**margins, wspace=0.18, hspace=0.62)
     return figure
 
 
-def _spread(by_client: dict[int, dict[int, float]], width: float) -> Figure:
+def _spread(accuracy: Mapping[int, Mapping[int, float]], width: float) -> Figure:
     """Median, middle half and full range over the clients that were scored in a round."""
     figure, (axes,) = _panels(width, 3.4, 1, 1)
-    rounds = sorted({round for values in by_client.values() for round in values})
-    found = [sorted(values[round] for values in by_client.values() if round in values) for round in rounds]
-    ends = [[values[0] for values in found], [values[-1] for values in found]]
+    rounds = sorted({round for values in accuracy.values() for round in values})
+    found = [sorted(values[round] for values in accuracy.values() if round in values) for round in rounds]
+    worst, best = [values[0] for values in found], [values[-1] for values in found]
     quarters = [[values[round(q * (len(values) - 1))] for values in found] for q in (0.25, 0.5, 0.75)]
-    axes.fill_between(rounds, *ends, color=_series(0), alpha=0.15, linewidth=0)
+    axes.fill_between(rounds, worst, best, color=_series(0), alpha=0.15, linewidth=0)
     axes.fill_between(rounds, quarters[0], quarters[2], color=_series(0), alpha=0.25, linewidth=0)
     axes.plot(rounds, quarters[1], color=_series(0), linewidth=2.4)
     _rounds_axis(axes, rounds)
-    _percent_axis(axes, [*ends[0], *ends[1]])
+    _percent_axis(axes, [*worst, *best])
     figure.subplots_adjust(left=0.5 / width, right=1 - 0.9 / width, top=0.97, bottom=0.47 / 3.4)
-    names = zip(("worst", "median", "best"), (ends[0], quarters[1], ends[1]), strict=True)
+    names = zip(("worst", "median", "best"), (worst, quarters[1], best), strict=True)
     _name_ends(axes, [(f"{name}  {100 * values[-1]:.0f}", values[-1], _series(0)) for name, values in names])
     return figure
 
@@ -226,7 +239,7 @@ def _rounds_axis(axes: Axes, rounds: Sequence[int], name: str = "round") -> None
     last = max(rounds, default=0)
     axes.set_xlim(-0.02 * max(1, last), max(1, last))
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, last + 1) if last <= 8 * step)
-    narrow = axes.figure.get_figwidth() / axes.get_subplotspec().get_gridspec().ncols < 2.5
+    narrow = _inches(axes)[0] < 2.5
     axes.set_xticks(sorted({0, last}) if narrow else [*range(0, last + 1, step)])
     axes.set_xlabel(name, fontsize=9.5, color=_light("muted"), loc="left")
 
@@ -242,11 +255,15 @@ def _percent_axis(axes: Axes, values: Sequence[float], ticks: int = 6) -> None:
 def _name_ends(axes: Axes, named: Sequence[tuple[str, float, str]]) -> None:
     """Write the name of each line at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    inches = axes.figure.get_figheight() * axes.get_position().height
-    gap = 0.19 * (high - low) / inches
+    gap = 0.19 * (high - low) / _inches(axes)[1]
     order = sorted(named, key=lambda name: name[1])
     for (text, _, colour), y in zip(order, _apart([value for _, value, _ in order], gap), strict=True):
-        place = {"xy": (1, y), "xycoords": ("axes fraction", "data"), "xytext": (9, 0), "textcoords": "offset points"}
+        place: dict[str, Any] = {
+            "xy": (1, y),
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (9, 0),
+            "textcoords": "offset points",
+        }
         axes.annotate(text, **place, va="center", fontsize=10, color=colour, annotation_clip=False, parse_math=False)
 
 
@@ -282,9 +299,14 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, int]], colour: str, largest: int
         if value:
             axes.plot([floor, at], [y, y], color=_light("line"), linewidth=1)
             axes.plot([at], [y], marker="o", markersize=7, color=colour, clip_on=False)
-        place = {"xytext": (9 if value else 4, 0), "textcoords": "offset points", "va": "center"}
+        place: dict[str, Any] = {"xytext": (9 if value else 4, 0), "textcoords": "offset points", "va": "center"}
         shade = _light("ink" if value else "muted")
         axes.annotate(readable_bytes(value) if value else "none", (at, y), **place, fontsize=9.5, color=shade)
+
+
+def _inches(axes: Axes) -> tuple[float, float]:
+    box = axes.bbox.transformed(axes.figure.dpi_scale_trans.inverted())
+    return box.width, box.height
 
 
 def _series(i: int) -> str:

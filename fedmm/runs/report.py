@@ -14,7 +14,7 @@ import math
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,16 @@ OUTCOMES = {
 
 def write(run: Path) -> Path:
     """Write plots/*.png and report.html from what lies in the folder now; returns the path of the page."""
-    for name, draw in plots.FIGURES.items() if table.arm_folders(run) else ():
-        home.write(run / "plots" / f"{name}.png", plots.png(draw(run)))
+    figures = plots.figures(run)
+    for name, draw in figures.items():
+        home.write(run / "plots" / f"{name}.png", plots.png(draw(plots.WIDE)))
     path = run / "report.html"
-    home.write(path, render(run).encode())
+    home.write(path, render(run, figures).encode())
     return path
 
 
-def render(run: Path) -> str:
-    """The page. Questions and answers are untrusted text and are escaped."""
+def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) -> str:
+    """The page. Questions, answers and reasons are untrusted text and are escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -74,7 +75,7 @@ def render(run: Path) -> str:
         channels=CHANNELS,
         panels=plots.PANELS,
         colours=plots.COLOURS,
-        figures={name: _figure(run, name) for name in plots.FIGURES} if arms else {},
+        figures={name: _figure(name, draw) for name, draw in figures.items()},
         gallery=gallery(run, cfg),
     )
 
@@ -143,11 +144,10 @@ def _command(run: Path) -> str:
     return shlex.join(["fedmm", "run", *(override for override in asked if not override.startswith("run.dir="))])
 
 
-def _figure(run: Path, name: str) -> dict[str, Markup]:
+def _figure(name: str, draw: Callable[[float], plots.Figure]) -> dict[str, Markup]:
     """One figure for a page and one for a phone; matplotlib escapes the text inside."""
-    title, draw = name.replace("_", " "), plots.FIGURES[name]
     widths = {"wide": plots.WIDE, "narrow": plots.NARROW}
-    return {size: Markup(plots.svg(draw(run, width), title)) for size, width in widths.items()}
+    return {size: Markup(plots.svg(draw(width), name.replace("_", " "))) for size, width in widths.items()}
 
 
 # ---- the gallery --------------------------------------------------------------------------------------------------
