@@ -1,8 +1,8 @@
 """The command line: `fedmm run`, `fedmm watch`, `fedmm compare`.
 
-    fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
-    fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
-    fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
+fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
+fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
+fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
 """
 
 from __future__ import annotations

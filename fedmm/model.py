@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,6 +14,7 @@ from fedmm.losses import answer_cross_entropy
 from fedmm.types import Batch, Embeds, TokenTerm
 
 
+@runtime_checkable
 class LLM(Protocol):
     """What LocalLLM and RemoteLLM both are."""
 

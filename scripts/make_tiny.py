@@ -78,7 +78,8 @@ def main() -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.half().float())
     seconds = time.perf_counter() - started
-    store(model, processor, args, seconds, figures(model, processor))
+    scores = figures(model, processor)
+    store(model, args, seconds, scores)
 
 
 def _arguments() -> argparse.Namespace:
@@ -356,12 +357,12 @@ def accuracy(model: nn.Module, processor: LlavaProcessor, examples: Sequence[Exa
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 
 
-def store(model: nn.Module, processor: LlavaProcessor, args: argparse.Namespace, seconds: float, scores: dict) -> None:
+def store(model: nn.Module, args: argparse.Namespace, seconds: float, scores: dict) -> None:
     """Pack the checkpoint and write its card; everything appears at once, at the end."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as aside:
         model.half().save_pretrained(f"{aside}/plain")
-        processor.save_pretrained(f"{aside}/plain")
+        _processor().save_pretrained(f"{aside}/plain")  # a used one would store how it last padded
         config = Path(aside, "plain", "config.json")
         config.write_text(config.read_text().replace('"float16"', '"float32"'))  # fp16 is how it is stored, not run
         pack(Path(aside, "plain"), Path(aside, "packed"))

@@ -23,7 +23,28 @@ from fedmm.types import Batch, Example, Update
 torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
 
 PROMPT = "<image> {question}"
-WORDS = "<pad> <s> </s> <unk> <image> which digit is red blue left right what colour the sum ? one two three".split()
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<image>",
+    "which",
+    "digit",
+    "is",
+    "red",
+    "blue",
+    "left",
+    "right",
+    "what",
+    "colour",
+    "the",
+    "sum",
+    "?",
+    "one",
+    "two",
+    "three",
+]
 
 
 def small_llava(folder: Path, seed: int = 0, image_size: int = 16, tied: bool = False) -> Path:

@@ -55,7 +55,11 @@ def imports_of(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 inner = PACKAGE.parent / Path(*f"{node.module}.{alias.name}".split("."))
-                found.add(f"{node.module}.{alias.name}" if inner.with_suffix(".py").exists() or inner.is_dir() else str(node.module))
+                found.add(
+                    f"{node.module}.{alias.name}"
+                    if inner.with_suffix(".py").exists() or inner.is_dir()
+                    else str(node.module)
+                )
     return found
 
 
@@ -78,17 +82,25 @@ def test_a_wrong_import_would_be_seen(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("from fedmm.runs import config\nimport fedmm.flower.rounds\n")
     assert imports_of(wrong) == {"fedmm.runs.config", "fedmm.flower.rounds"}
-    assert floor_of("fedmm.runs.config") > floor_of("fedmm.llm.host") > floor_of("fedmm.edge.parts") > floor_of("fedmm.tree")
+    assert (
+        floor_of("fedmm.runs.config")
+        > floor_of("fedmm.llm.host")
+        > floor_of("fedmm.edge.parts")
+        > floor_of("fedmm.tree")
+    )
+
+
+def loads_none_of(heavy: set[str], modules: str) -> None:
+    code = f"import sys, {modules}; found = {heavy} & sys.modules.keys(); sys.exit(str(found) if found else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_fedmm_costs_nothing():
-    code = "import sys, fedmm; heavy = {'torch', 'transformers', 'flwr', 'hydra', 'grpc'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    loads_none_of({"torch", "transformers", "flwr", "hydra", "grpc"}, "fedmm")
 
 
 def test_the_mathematics_needs_no_transformers_and_no_flower():
-    code = (
-        "import sys, fedmm.aggregate.fisher, fedmm.methods.fednano, fedmm.train, fedmm.data.scenes, fedmm.evaluate.answers;"
-        "heavy = {'transformers', 'peft', 'flwr', 'hydra', 'grpc'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
+    mathematics = (
+        "fedmm.aggregate.fisher, fedmm.methods.fednano, fedmm.train, fedmm.data.scenes, fedmm.evaluate.answers"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    loads_none_of({"transformers", "peft", "flwr", "hydra", "grpc"}, mathematics)

@@ -34,7 +34,10 @@ def send_update(session: Session, delta, **options):
 def test_a_client_needs_the_token_of_its_own_round(link):
     host, _ = link
     for token in ("", "x", host.token(1, 1), host.token(2, 0)):
-        with visiting(host, token=token) as session, pytest.raises(HostRefused, match="token is not the one of client '0'"):
+        with (
+            visiting(host, token=token) as session,
+            pytest.raises(HostRefused, match="token is not the one of client '0'"),
+        ):
             session.call("card")
     with visiting(host) as session:
         assert session.call("card").verb == "card"
@@ -225,7 +228,7 @@ def test_a_host_that_ends_is_named_at_once(llava, edge, local_llm):
 
 
 def test_a_host_that_was_never_there_is_named():
-    with Session("127.0.0.1:1", client=0, round=1, token="x", deadline_seconds=5) as session:
+    with Session("127.0.0.1:1", client=0, round=1, token="x", deadline_seconds=5.0) as session:
         with pytest.raises(HostGone, match=r"127.0.0.1:1"):
             session.call("card")
 

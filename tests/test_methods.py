@@ -82,7 +82,9 @@ def test_every_shuffle_is_its_own_and_repeats(llava, local_llm):
     _, items = started(llava, local_llm)
 
     def order(round, client, seed=0):
-        return [id for batch in batches(items, 4, seeds.generator(seed, "batches/0", round, client)) for id in batch.ids]
+        return [
+            id for batch in batches(items, 4, seeds.generator(seed, "batches/0", round, client)) for id in batch.ids
+        ]
 
     assert order(1, 0) == order(1, 0)
     orders = {tuple(order(*place)) for place in ((1, 0), (2, 0), (1, 1), (1, 0, 5))}
@@ -166,10 +168,20 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
     model, items = Model(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
     anchor = before.get("shared", {})
     out = train(
-        model, items, config.make(cfg.method.step), make_optimizer=SGD, anchor=anchor, seed=0, round=1, rounds=1, client=0
+        model,
+        items,
+        config.make(cfg.method.step),
+        make_optimizer=SGD,
+        anchor=anchor,
+        seed=0,
+        round=1,
+        rounds=1,
+        client=0,
     )
     for one in cfg.method.sets:
-        assert any(not torch.equal(before[one][key], tensor) for key, tensor in built.state(one).items()) == (one != "frozen")
+        assert any(not torch.equal(before[one][key], tensor) for key, tensor in built.state(one).items()) == (
+            one != "frozen"
+        )
     if cfg.method.fisher:
         found = config.make(cfg.method.fisher)(model, items, out.last)
         assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in anchor.items()}

@@ -43,7 +43,9 @@ def test_remote_equals_local(llava, local_llm, edge, batch, loss_at):
 
 
 def test_both_places_of_the_loss_agree(local_llm, edge, batch):
-    assert torch.equal(Model(edge, local_llm, "auto").answer_loss(batch), Model(edge, local_llm, "client").answer_loss(batch))
+    assert torch.equal(
+        Model(edge, local_llm, "auto").answer_loss(batch), Model(edge, local_llm, "client").answer_loss(batch)
+    )
 
 
 def test_remote_generates_what_local_does(llava, local_llm, edge, items):
@@ -124,7 +126,9 @@ def test_folded_equals_adapted(tmp_path, edge, items, tied):
     plain = folded(input_ids=batch.tokens_BT, pixel_values=batch.pixels, attention_mask=batch.mask_BT).logits
     rows = torch.arange(len(plain))[:, None]
     torch.testing.assert_close(plain[rows, batch.keep_BA], logits, rtol=0, atol=1e-5)
-    unfolded = load(folder)[0](input_ids=batch.tokens_BT, pixel_values=batch.pixels, attention_mask=batch.mask_BT).logits
+    unfolded = load(folder)[0](
+        input_ids=batch.tokens_BT, pixel_values=batch.pixels, attention_mask=batch.mask_BT
+    ).logits
     assert (unfolded - plain).abs().max() > 1e-3, "the adapters did nothing, so the test showed nothing"
 
 

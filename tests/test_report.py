@@ -262,6 +262,11 @@ def test_many_clients_are_drawn_as_their_spread():
     assert len(plots.accuracy_by_client(many).axes) == 1
 
 
+def test_bytes_are_written_with_three_digits():
+    written = [plots.readable_bytes(count) for count in (0, 999, 2_100, 99_960, 999_600, 27_700_000_000)]
+    assert written == ["0 B", "999 B", "2.10 kB", "100 kB", "1.00 MB", "27.7 GB"]
+
+
 def test_names_are_moved_apart_no_further_than_needed():
     assert plots._apart([0.1, 0.5], 0.1) == [0.1, 0.5]
     assert plots._apart([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
@@ -297,12 +302,12 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
 
 
 def test_both_wires_are_counted_apart(finished):
-    assert "link 4.0 MB up 2.0 down, Flower 0.0 MB up 0.0 down" in watched(finished)[1].splitlines()[1]
+    assert "link 4.0 MB up 2.0 MB down, Flower 0.6 kB up 1.4 kB down" in watched(finished)[1].splitlines()[1]
     RunFolder(finished, (finished / "config.yaml").read_text(), []).append(
         "ledger.jsonl", kind="bytes", round=2, channel="control", up_bytes=4_000_000, down_bytes=9_000_000
     )
     lines = watched(finished)[1].splitlines()
-    assert "Flower 0.0 MB up" in lines[1] and "Flower 4.0 MB up 9.0 down" in lines[2], "of the rounds so far"
+    assert "Flower 0.6 kB up" in lines[1] and "Flower 4.0 MB up 9.0 MB down" in lines[2], "of the rounds so far"
 
 
 def test_a_failed_run_says_why(tmp_path):

@@ -60,7 +60,12 @@ def test_renaming_the_clients_changes_nothing(name):
 def test_every_tensor_is_merged_alike(name):
     """Every key with the same values gets the same result: catches a weight applied to the first tensor only."""
     same = [
-        Update(u.client, dict.fromkeys(u.delta, u.delta["image.up"]), u.num_examples, dict.fromkeys(u.delta, u.fisher["image.up"]))
+        Update(
+            u.client,
+            dict.fromkeys(u.delta, u.delta["image.up"]),
+            u.num_examples,
+            dict.fromkeys(u.delta, u.fisher["image.up"]),
+        )
         for u in updates()
     ]
     merged, _ = rule_of(name)(dict.fromkeys(current(), current()["image.up"]), same, {})
@@ -139,7 +144,10 @@ def test_fisher_by_hand_normalised_and_weighted():
 
 
 def test_fisher_with_equal_certainty_is_the_mean():
-    given = [Update(u.client, u.delta, u.num_examples, {k: torch.ones_like(t) for k, t in u.delta.items()}) for u in updates()]
+    given = [
+        Update(u.client, u.delta, u.num_examples, {k: torch.ones_like(t) for k, t in u.delta.items()})
+        for u in updates()
+    ]
     merged, _ = fisher(current(), given, {})
     plain, _ = mean(current(), given, {})
     for key in plain:

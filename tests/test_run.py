@@ -36,7 +36,13 @@ def backbone(tmp_path_factory) -> list[str]:
     from conftest import small_llava
 
     path = small_llava(tmp_path_factory.mktemp("backbone"), image_size=48)
-    return ["llm=llava_1_5_7b", f"llm.path={path}", "llm.dtype=float32", "llm.device=cpu", r'llm.prompt="<image> {question}"']
+    return [
+        "llm=llava_1_5_7b",
+        f"llm.path={path}",
+        "llm.dtype=float32",
+        "llm.device=cpu",
+        r'llm.prompt="<image> {question}"',
+    ]
 
 
 def run(backbone, folder: Path, *overrides: str) -> Path:
@@ -86,7 +92,9 @@ def test_clients_per_round_are_drawn_by_seed_and_round(backbone, tmp_path):
 
 def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "arm=local", "rounds=3")
-    ledger = [row for row in read_rows(path / "ledger.jsonl") if row["kind"] == "bytes" and row["channel"] == "adapters"]
+    ledger = [
+        row for row in read_rows(path / "ledger.jsonl") if row["kind"] == "bytes" and row["channel"] == "adapters"
+    ]
     assert sum(row["up_bytes"] + row["down_bytes"] for row in ledger) < 5000, "headers, and no tensor"
     run_id = json.loads((path / "environment.json").read_text())["run"]
     states = [home.load_kept(run_id, client, 3) for client in range(3)]
@@ -221,7 +229,9 @@ def test_lora_in_the_encoder_runs_end_to_end(backbone, tmp_path):
 
 def test_a_client_that_lost_what_it_kept_is_told(backbone, tmp_path, monkeypatch):
     load_kept = home.load_kept
-    monkeypatch.setattr(home, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round))
+    monkeypatch.setattr(
+        home, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round)
+    )
     path = run(backbone, tmp_path / "run", "arm=local")
     assert "no longer has its local adapters of round 1" in rounds(path)[1]["lost"]["1"]
 

@@ -42,7 +42,9 @@ def test_frames_follow_each_other_on_one_stream():
     assert wire.decode(stream, 1024) is None
 
 
-def raw(header: bytes = b'{"verb": "x"}', body: bytes = b"", claim_header=None, claim_body=None, magic=wire.MAGIC) -> bytes:
+def raw(
+    header: bytes = b'{"verb": "x"}', body: bytes = b"", claim_header=None, claim_body=None, magic=wire.MAGIC
+) -> bytes:
     claims = (len(header) if claim_header is None else claim_header, len(body) if claim_body is None else claim_body)
     return struct.pack("<4sIQ", magic, *claims) + header + body
 

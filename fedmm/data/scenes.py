@@ -82,7 +82,7 @@ VOCABULARIES: Mapping[str, Mapping[str, str]] = {
         "mikä kuinka monta numero numerot väri puoli summa lue onpa se päällä ovat siellä"
     ),
     "turkish": _lexicon(
-        "kırmızı yeşil mavi sarı mor beyaz sol sağ üst alt büyük küçük hangi ne nasıl kaç rakam rakamlar renk taraf "  # noqa: RUF001
+        "kırmızı yeşil mavi sarı mor beyaz sol sağ üst alt büyük küçük hangi ne nasıl kaç rakam rakamlar renk taraf "
         "toplam oku dir bu üstünde var orada"
     ),
 }

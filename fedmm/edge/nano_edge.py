@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,18 +20,23 @@ from torch import Tensor, nn
 from fedmm.edge.adapters import NanoAdapter
 from fedmm.types import Batch, Embeds, State, TokenTerm
 
+KINDS = ("image", "text")
+"""The kinds of positions, each with an adapter of its own in every set."""
+
 
 @dataclass(frozen=True)
 class Lora:
     """peft LoRA inside the encoder and connector, off at rank 0. Names of modules as peft's `target_modules`."""
 
     rank: int = 0
-    alpha: float = 16.0
+    alpha: int = 16
     targets: Sequence[str] = ("q_proj", "v_proj", "linear_1", "linear_2")
 
 
 class NanoEdge(nn.Module):
     """Encoder, connector, token table, and named sets of adapters; only adapters have gradients."""
+
+    table_VD: Tensor
 
     def __init__(
         self,
@@ -51,9 +57,8 @@ class NanoEdge(nn.Module):
         self.register_buffer("table_VD", table_VD, persistent=False)
         self._layer, self._drop_first = layer, drop_first
         width = table_VD.shape[1]
-        kinds = ("image", "text")
         self.adapters = nn.ModuleDict(
-            {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in kinds}) for name in sets}
+            {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in KINDS}) for name in sets}
         )
         self.lora = bool(lora and lora.rank)
         if lora and lora.rank:
@@ -83,7 +88,7 @@ class NanoEdge(nn.Module):
         base_ND = text_BTD.flatten(0, 1).index_copy(0, image_N, image_ND)
         at = {"image": image_N, "text": text_N}
         terms = [
-            self.adapters[name][kind].term(base_ND[positions_N], positions_N, 1 / len(use))
+            self._adapter(name, kind).term(base_ND[positions_N], positions_N, 1 / len(use))
             for name in use
             for kind, positions_N in at.items()
         ]
@@ -91,7 +96,7 @@ class NanoEdge(nn.Module):
 
     def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
         """The text adapters in use, as `generate` takes them along."""
-        return [self.adapters[name]["text"].token_term(1 / len(use)) for name in use]
+        return [self._adapter(name, "text").token_term(1 / len(use)) for name in use]
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one set, under names that are the same in every set: `text.up`, `encoder....lora_A`."""
@@ -111,7 +116,9 @@ class NanoEdge(nn.Module):
         """Write `state` into one set. Raises ValueError where names or shapes differ."""
         own = self.trainable(name)
         if own.keys() != state.keys():
-            raise ValueError(f"adapters differ: {sorted(own.keys() ^ state.keys())[:3]}; use the same edge.* everywhere")
+            raise ValueError(
+                f"adapters differ: {sorted(own.keys() ^ state.keys())[:3]}; use the same edge.* everywhere"
+            )
         with torch.no_grad():
             for key, parameter in own.items():
                 if parameter.shape != state[key].shape:
@@ -120,8 +127,8 @@ class NanoEdge(nn.Module):
 
     def reset(self, generator: torch.Generator, name: str = "shared") -> None:
         """Start one set: every A drawn from `generator` in the order of names, every B zero."""
-        for adapter in self.adapters[name].values():
-            adapter.reset(generator)
+        for kind in KINDS:
+            self._adapter(name, kind).reset(generator)
         with torch.no_grad():
             for key, parameter in self.trainable(name).items():
                 if key.endswith("lora_A"):
@@ -135,11 +142,20 @@ class NanoEdge(nn.Module):
             for parameter in self.trainable(name).values():
                 parameter.requires_grad_(name in names)
 
+    def _adapter(self, name: str, kind: str) -> NanoAdapter:
+        adapter = cast(nn.ModuleDict, self.adapters[name])[kind]
+        assert isinstance(adapter, NanoAdapter)
+        return adapter
+
     def _switch(self, use: Sequence[str]) -> None:
         if len(use) != 1:
-            raise ValueError(f"edge.lora acts with one set of adapters at a time, got {list(use)}; set edge.lora.rank=0")
+            raise ValueError(
+                f"edge.lora acts with one set of adapters at a time, got {list(use)}; set edge.lora.rank=0"
+            )
+        from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import
+
         for module in self.modules():
-            if hasattr(module, "lora_A"):
+            if isinstance(module, BaseTunerLayer):
                 module.set_adapter(use[0])
 
 

@@ -23,7 +23,7 @@ def say_who(message: Message, client: int) -> Message:
 
 
 def read_who(reply: Message) -> int:
-    return int(reply.content.config_records[_RECORD]["client"])
+    return int(reply.content.config_records[_RECORD]["client"])  # type: ignore[arg-type]
 
 
 def send_order(order: Order, node: int) -> Message:

@@ -2,7 +2,8 @@
 
     for each round: draw clients, open the round at the host, send orders, wait, fold the journal in client order
 
-Tensors are not here: the host serves the state and journals the updates; Flower's messages say who works and how it went.
+Tensors are not here: the host serves the state and journals the updates; Flower's messages say who works and how it
+went.
 """
 
 from __future__ import annotations
@@ -222,7 +223,9 @@ class _Arm:
             right, count = (sum(values) for values in zip(*own, strict=True))
             self.folder.event("score", round=state_round, client=order.client, right=right, count=count)
 
-    def _account(self, round: int, traffic: Mapping[tuple[int, str], Traffic], control: Mapping[int, list[int]]) -> None:
+    def _account(
+        self, round: int, traffic: Mapping[tuple[int, str], Traffic], control: Mapping[int, list[int]]
+    ) -> None:
         rows = list(_channels(traffic))
         rows += [(client, "control", up, down, 1, 0.0) for client, (down, up) in control.items()]
         for client, channel, up, down, frames, seconds in sorted(rows):
@@ -259,5 +262,3 @@ def _channels(traffic: Mapping[tuple[int, str], Traffic]) -> Iterator[tuple[int,
 
 def _reason(item: tuple[int, str]) -> str:
     return f"client {item[0]}: {item[1]}"
-
-

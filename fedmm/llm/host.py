@@ -75,7 +75,11 @@ class Host:
         deadline_seconds: float = 60.0,
     ) -> None:
         self._llm, self._card, self._edge, self._on_update = llm, dict(card), edge, on_update
-        self._pending_limit, self._frame_limit_bytes, self._deadline_seconds = pending, frame_limit_bytes, deadline_seconds
+        self._pending_limit, self._frame_limit_bytes, self._deadline_seconds = (
+            pending,
+            frame_limit_bytes,
+            deadline_seconds,
+        )
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(workers)
@@ -179,9 +183,7 @@ class Host:
                 "it comes with the server's Flower message and ends with the run",
             )
         if int(round) != self._round:
-            context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, f"round {round} is over, the run is in round {self._round}"
-            )
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, f"round {round} is over, the run is in round {self._round}")
         return _Visit(int(client), int(round), context)
 
     def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
@@ -366,7 +368,9 @@ def _tensor(
     tensor = frame.tensors.get(name)
     if tensor is None:
         raise ValueError(f"tensor {name!r} is missing")
-    fits = tensor.dim() == len(shape) and all(want in (None, came) for want, came in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, came) for want, came in zip(shape, tensor.shape, strict=True)
+    )
     if not fits:
         wanted = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, wanted {wanted}")

@@ -1,4 +1,4 @@
-"""Backbones: from a hub name or a folder to a frozen model, its processor and its prompt. One function, one yaml each."""
+"""Backbones: from a hub name or a folder to a frozen model, its processor and prompt. One function, one yaml each."""
 
 from __future__ import annotations
 

@@ -53,8 +53,12 @@ def encode(frame: Frame) -> list[bytes]:
     """The chunks of a frame. Tensors may be of any dtype safetensors knows, bfloat16 included."""
     header = json.dumps({"verb": frame.verb, **frame.meta}).encode()
     if len(header) > HEADER_LIMIT_BYTES:
-        raise WireError(f"{frame.verb}: header of {len(header)} bytes, at most {HEADER_LIMIT_BYTES}; send it as a tensor")
-    body = safetensors.torch.save({n: t.detach().contiguous() for n, t in frame.tensors.items()}) if frame.tensors else b""
+        raise WireError(
+            f"{frame.verb}: header of {len(header)} bytes, at most {HEADER_LIMIT_BYTES}; send it as a tensor"
+        )
+    body = (
+        safetensors.torch.save({n: t.detach().contiguous() for n, t in frame.tensors.items()}) if frame.tensors else b""
+    )
     head = _PREFIX.pack(MAGIC, len(header), len(body)) + header
     first = max(0, CHUNK_BYTES - len(head))
     return [head + body[:first], *(body[i : i + CHUNK_BYTES] for i in range(first, len(body), CHUNK_BYTES))]
@@ -73,7 +77,9 @@ def decode(chunks: Iterator[bytes], limit_bytes: int) -> Frame | None:
     if header_bytes > HEADER_LIMIT_BYTES:
         raise WireError(f"header of {header_bytes} bytes, at most {HEADER_LIMIT_BYTES}")
     if body_bytes > limit_bytes:
-        raise WireError(f"body of {body_bytes} bytes, at most {limit_bytes}; raise link.frame_limit_mb or lower batch_size")
+        raise WireError(
+            f"body of {body_bytes} bytes, at most {limit_bytes}; raise link.frame_limit_mb or lower batch_size"
+        )
     total = _PREFIX.size + header_bytes + body_bytes
     payload = bytearray(first)
     while len(payload) < total:

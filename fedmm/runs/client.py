@@ -184,9 +184,7 @@ def _send(session: Session, update: Update) -> None:
     tensors = {f"delta/{name}": tensor for name, tensor in update.delta.items()}
     tensors |= {f"fisher/{name}": tensor for name, tensor in (update.fisher or {}).items()}
     has_fisher = update.fisher is not None
-    session.call(
-        "update", tensors, num_examples=update.num_examples, fisher=has_fisher, metrics=dict(update.metrics)
-    )
+    session.call("update", tensors, num_examples=update.num_examples, fisher=has_fisher, metrics=dict(update.metrics))
 
 
 def _parts(session: Session, digest: str) -> State:

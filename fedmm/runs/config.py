@@ -47,7 +47,7 @@ class MethodConfig:
 @dataclass
 class LoraConfig:
     rank: int = 0  # 0: off. The embedded tower gains little from it
-    alpha: float = 16.0
+    alpha: int = 16
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "linear_1", "linear_2"])
 
 
@@ -163,7 +163,7 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
             whole = hydra_compose("config", list(overrides), return_hydra_config=True)
             choices = whole.hydra.runtime.choices
-            cfg = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+            cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
             named = {override.split("=", 1)[0] for override in overrides}
             if "label" not in named and named & {"method", "rule"}:
                 cfg.label = f"{choices['method']}+{choices['rule']}"
@@ -230,7 +230,7 @@ def _walk(path: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
     if "_target_" in node:
         yield path, node
     for key in node:
-        yield from _walk(f"{path}.{key}".lstrip("."), node[key])
+        yield from _walk(f"{path}.{key!s}".lstrip("."), node[key])
 
 
 def _check_target(path: str, node: DictConfig) -> Iterator[str]:
@@ -248,9 +248,9 @@ def _check_target(path: str, node: DictConfig) -> Iterator[str]:
         if str(name).startswith("_"):
             continue
         if name not in known:
-            yield f"{path}.{name} is unknown to {node['_target_']}; available options: {', '.join(known)}"
+            yield f"{path}.{name!s} is unknown to {node['_target_']}; available options: {', '.join(known)}"
         elif name in hints and not _fits(value, hints[name]):
-            yield f"{path}.{name} must be {_plain(hints[name])}, got {value!r}"
+            yield f"{path}.{name!s} must be {_plain(hints[name])}, got {value!r}"
     needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
     if needed:
         yield f"{path} lacks {', '.join(needed)} for {node['_target_']}"
@@ -265,13 +265,15 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _plain(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
 def _locate(target: str) -> Callable[..., Any]:
     allowed = (*ALLOWED_TARGETS, *filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(",")))
     if not target.startswith(allowed):
-        raise ConfigError(f"_target_={target} is outside {', '.join(allowed)}; a site adds its own in FEDMM_ALLOW_TARGETS")
+        raise ConfigError(
+            f"_target_={target} is outside {', '.join(allowed)}; a site adds its own in FEDMM_ALLOW_TARGETS"
+        )
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -297,5 +299,7 @@ def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
     A compared arm keeps everything that was asked for but the method, the rule and the label, which are its own.
     """
     overrides = list(overrides)
-    common = [o for o in overrides if o.split("=", 1)[0].split(".")[0] not in {"arm", "method", "rule", "label", "compare"}]
+    common = [
+        o for o in overrides if o.split("=", 1)[0].split(".")[0] not in {"arm", "method", "rule", "label", "compare"}
+    ]
     return [("main", overrides), *((arm, [*common, f"arm={arm}"]) for arm in cfg.compare)]

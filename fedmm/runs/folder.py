@@ -43,7 +43,9 @@ class RunFolder:
         asked = "".join(f"{override}\n" for override in overrides)
         if (path / "config.yaml").exists():
             if _without_run(path / "config.yaml") != _lines_without_run(config_yaml):
-                raise ValueError(f"{path} holds a run with another configuration; set run.dir to another folder, or remove it")
+                raise ValueError(
+                    f"{path} holds a run with another configuration; set run.dir to another folder, or remove it"
+                )
         else:
             path.mkdir(parents=True, exist_ok=True)
             home.write(path / "overrides.txt", asked.encode())
@@ -79,19 +81,13 @@ class RunFolder:
 
     def resume(self) -> tuple[int, State, State] | None:
         """The last whole round with its state and memory, rows beyond it dropped; None at the very start."""
-        found = sorted((self.path / "checkpoints").glob("round_*.safetensors"))
-        last = int(found[-1].stem.removeprefix("round_")) if found else 0
+        found = latest_checkpoint(self.path)
+        last = found[0] if found else 0
         for file in _BY_ROUND:
             kept = [row for row in self.rows(file) if row["round"] <= last]
             if (self.path / file).exists():
                 home.write(self.path / file, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        if not found:
-            return None
-        parts: dict[str, State] = {"state": {}, "memory": {}}
-        for name, tensor in safetensors.torch.load_file(found[-1]).items():
-            part, _, key = name.partition("/")
-            parts[part][key] = tensor
-        return last, parts["state"], parts["memory"]
+        return found
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round_{round:04d}.safetensors"
@@ -102,13 +98,19 @@ class RunFolder:
         """Make an update safe the moment it arrives."""
         tensors = {f"delta/{name}": t for name, t in update.delta.items()}
         tensors |= {f"fisher/{name}": t for name, t in (update.fisher or {}).items()}
-        about = {"num_examples": update.num_examples, "fisher": update.fisher is not None, "metrics": dict(update.metrics)}
+        about = {
+            "num_examples": update.num_examples,
+            "fisher": update.fisher is not None,
+            "metrics": dict(update.metrics),
+        }
         path = self._journal(round) / f"client_{update.client:04d}.safetensors"
         home.save(tensors, path, {"about": json.dumps(about)})
 
     def arrived(self, round: int) -> list[int]:
         """The clients whose updates of this round are safe, in client order."""
-        return sorted(int(path.stem.removeprefix("client_")) for path in self._journal(round).glob("client_*.safetensors"))
+        return sorted(
+            int(path.stem.removeprefix("client_")) for path in self._journal(round).glob("client_*.safetensors")
+        )
 
     def updates(self, round: int) -> Iterator[Update]:
         """The round's updates in client order, one in memory at a time."""
@@ -124,6 +126,18 @@ class RunFolder:
 
     def _journal(self, round: int) -> Path:
         return self.path / "journal" / f"round_{round:04d}"
+
+
+def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:
+    """The last round that is whole on disk, with the state after it and the rule's memory."""
+    found = sorted((run / "checkpoints").glob("round_*.safetensors"))
+    if not found:
+        return None
+    parts: dict[str, State] = {"state": {}, "memory": {}}
+    for name, tensor in safetensors.torch.load_file(found[-1]).items():
+        part, _, key = name.partition("/")
+        parts[part][key] = tensor
+    return int(found[-1].stem.removeprefix("round_")), parts["state"], parts["memory"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

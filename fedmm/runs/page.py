@@ -257,7 +257,7 @@ frozen LLM. Peak memory is of the client's process, which in one-process runs is
 Chosen by rule, not by eye: each outcome has the share of places that it has among all questions (one at least), clients
 take turns, and a hash of the seed and the question's name picks among a client's questions.</p>
 <div class="bar" aria-hidden="true">
-{% for group in gallery %}
+{% for group in gallery if group.count %}
 <i style="width: {{ (group.count / group.of) | percent(3) }}; background: var(--{{ group.colour }})"></i>
 {% endfor %}
 </div>

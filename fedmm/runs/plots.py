@@ -167,9 +167,10 @@ def readable_bytes(count: float) -> str:
     """Decimal units, three digits: 27.7 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+            digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.2f} TB"
 
 
 # ---- the two forms of accuracy by client --------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, int]], colour: str, largest: int
     axes.tick_params(axis="y", labelcolor=_light("ink"))
     axes.xaxis.set_major_locator(ticker.LogLocator(base=1000, numticks=9))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: readable_bytes(value)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: readable_bytes(value).replace(".00", "")))
     axes.grid(False)
     for y, (_, value) in enumerate(rows):
         at = max(value, floor)

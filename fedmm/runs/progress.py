@@ -297,6 +297,8 @@ def _row(arm: _Arm, current: bool) -> tuple[Any, ...]:
 def _wires(state: _Watched) -> Text:
     arm = state.current or [*state.arms.values()][-1]
     left = state.left_seconds
+    if state.current is None and len(state.arms) == len(state.labels):
+        return Text("  all arms done; writing the report", style="dim")
     return Text(f"  {_bytes(arm)}" + (f"  ·  about {_duration(left)} left" if left and left >= 1 else ""), style="dim")
 
 
@@ -331,8 +333,14 @@ def _accuracy(arm: _Arm) -> str:
 
 
 def _bytes(arm: _Arm) -> str:
-    up, down, control_up, control_down = (f"{value / 1e6:.1f}" for value in arm.moved)
-    return f"link {up} MB up {down} down, Flower {control_up} MB up {control_down} down"
+    up, down, control_up, control_down = map(_size, arm.moved)
+    return f"link {up} up {down} down, Flower {control_up} up {control_down} down"
+
+
+def _size(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def _duration(seconds: float) -> str:

@@ -128,9 +128,9 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _chance(arm: Mapping[str, Any]) -> float | None:
-    """Half the 95% interval of an accuracy for the finite number of questions alone (normal approximation)."""
+    """Half the 95% interval of an accuracy for the number of questions alone; normal, so None at its ends."""
     share, questions = arm["final"]["global"], sum(arm["questions"].values())
-    return None if share is None else 1.96 * math.sqrt(share * (1 - share) / questions)
+    return None if share in (None, 0, 1) else 1.96 * math.sqrt(share * (1 - share) / questions)
 
 
 def _table(run: Path) -> list[dict[str, Any]]:

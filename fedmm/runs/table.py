@@ -20,7 +20,17 @@ from omegaconf import OmegaConf
 from fedmm.runs import home
 from fedmm.runs.folder import read_rows
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided Student t, 1 to 9 degrees of freedom
+T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # two-sided Student t, 1 to 9 degrees of freedom
 
 
 def scores(folder: Path, round: int) -> dict[str, Any]:
@@ -104,7 +114,9 @@ def lines(runs: Sequence[Path]) -> list[Line]:
             by_label[summary["label"]].append(summary)
         with_zero = [s for s in summaries if s["zero_shot"]["global"] is not None]
         zero += [{**with_zero[0], "final": with_zero[0]["zero_shot"], "bytes": {}, "seconds": 0.0}] if with_zero else []
-    arms = sorted((_line(label, found) for label, found in by_label.items()), key=lambda line: mean(line.overall) or 0.0)
+    arms = sorted(
+        (_line(label, found) for label, found in by_label.items()), key=lambda line: mean(line.overall) or 0.0
+    )
     return [_line("zero-shot", zero), *arms] if zero else arms
 
 

@@ -1,0 +1,31 @@
+"""From a finished run to an ordinary Hugging Face checkpoint: the tuned adapters folded into the backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedmm.edge.folding import fold
+from fedmm.runs import config
+from fedmm.runs.folder import latest_checkpoint
+
+
+def export(run: Path, into: Path) -> int:
+    """Write the backbone of `run` with its last shared adapters folded in to `into`; returns their round.
+
+    Raises ValueError where there is nothing to fold, or folding would not be exact.
+    """
+    cfg: Any = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").exists() else None
+    found = latest_checkpoint(run)
+    if cfg is None or found is None:
+        raise ValueError(f"{run} holds no checkpoint; name the folder of a run that has finished a round")
+    round, state, _ = found
+    if not state:
+        raise ValueError(f"{run} has no shared adapters: with {cfg.label} every client keeps its own")
+    backbone = config.make(cfg.llm)
+    fold(backbone.model, state, cfg.edge.alpha / cfg.edge.rank)
+    backbone.model.save_pretrained(into)
+    backbone.processor.save_pretrained(into)
+    return round
