@@ -1,8 +1,9 @@
-"""The command line: `fedmm run`, `fedmm watch`, `fedmm compare`.
+"""The command line: `fedmm run`, `fedmm watch`, `fedmm compare`, `fedmm export`.
 
 fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
 fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
 fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
+fedmm export DIR FOLDER                     the tuned model of a run as an ordinary Hugging Face checkpoint
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fedmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | watch | compare")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | watch | compare | export")
     run = commands.add_parser("run", help="run a federation in this process")
     run.add_argument("overrides", nargs="*", help="as in rounds=2 method=fedprox; see conf/")
     watch = commands.add_parser("watch", help="show the progress of a run")
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     watch.add_argument("--pid", type=int, help="end when this process has ended")
     compare = commands.add_parser("compare", help="one table of several runs")
     compare.add_argument("dirs", type=Path, nargs="+", metavar="dir")
+    export = commands.add_parser("export", help="write the tuned model as a checkpoint")
+    export.add_argument("dir", type=Path)
+    export.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
     if args.command == "run":
         return _run(args.overrides)
@@ -34,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         from fedmm.runs.progress import watch as show
 
         return show(args.dir, until=(lambda: not _alive(args.pid)) if args.pid else (lambda: False))
+    if args.command == "export":
+        return _export(args.dir, args.folder)
     return _compare(args.dirs)
 
 
@@ -71,6 +77,18 @@ def _compare(dirs: list[Path]) -> int:
         print(f"no finished run in {', '.join(empty)}; a finished one has a summary.json", file=sys.stderr)
         return 2
     print(table.markdown(table.lines(dirs)))
+    return 0
+
+
+def _export(run: Path, into: Path) -> int:
+    from fedmm.runs.export import export
+
+    try:
+        round = export(run, into)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{into}: the backbone with the adapters of round {round} folded in")
     return 0
 
 

@@ -255,3 +255,23 @@ def test_overrides_that_cannot_be_are_named_by_the_command_line(capsys):
     assert "available options" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         load(["ronds=3"])
+
+
+def test_a_run_ends_as_an_ordinary_checkpoint(backbone, tmp_path, capsys):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from fedmm.cli import main
+
+    path = run(backbone, tmp_path / "run", "rounds=1", "optimizer.lr=0.05")
+    assert main(["export", str(path), str(tmp_path / "tuned")]) == 0
+    tuned = LlavaForConditionalGeneration.from_pretrained(tmp_path / "tuned")
+    start = LlavaForConditionalGeneration.from_pretrained(backbone[1].removeprefix("llm.path="))
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed == {
+        "model.multi_modal_projector.linear_2.weight",
+        "model.multi_modal_projector.linear_2.bias",
+        "model.language_model.embed_tokens.weight",
+    }
+    assert AutoProcessor.from_pretrained(tmp_path / "tuned").tokenizer is not None
+    assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
