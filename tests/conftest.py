@@ -86,6 +86,9 @@ def small_llava(folder: Path, seed: int = 0, image_size: int = 16, tied: bool = 
             tie_word_embeddings=tied,
         )
         model = LlavaForConditionalGeneration(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at zero, where a forgotten one would not be seen
+                torch.nn.init.normal_(parameter, std=0.1)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
