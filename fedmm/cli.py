@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     watch.add_argument("--pid", type=int, help="end when this process has ended")
     compare = commands.add_parser("compare", help="one table of several runs")
     compare.add_argument("dirs", type=Path, nargs="+", metavar="dir")
+    compare.add_argument("--against", default="FedAvg", help="the arm that the others are set against, paired by seed")
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
     export.add_argument("folder", type=Path)
@@ -37,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "watch":
         from fedmm.runs.progress import watch as show
 
-        return show(args.dir, until=(lambda: not _alive(args.pid)) if args.pid else (lambda: False))
+        return show(args.dir, until=(lambda: not _alive(args.pid)) if args.pid else None)
     if args.command == "export":
         return _export(args.dir, args.folder)
-    return _compare(args.dirs)
+    return _compare(args.dirs, args.against)
 
 
 def _run(overrides: list[str]) -> int:
@@ -70,13 +71,16 @@ def _run(overrides: list[str]) -> int:
     return 0
 
 
-def _compare(dirs: list[Path]) -> int:
+def _compare(dirs: list[Path], against_label: str) -> int:
     from fedmm.runs import table
 
     if empty := [str(path) for path in dirs if not table.arm_folders(path)]:
         print(f"no finished run in {', '.join(empty)}; a finished one has a summary.json", file=sys.stderr)
         return 2
-    print(table.markdown(table.lines(dirs)))
+    lines = table.lines(dirs)
+    print(table.markdown(lines))
+    for against in (line for line in lines if line.label == against_label):
+        print("\n" + "\n".join(filter(None, (table.difference(line, against) for line in lines if line != against))))
     return 0
 
 

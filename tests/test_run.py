@@ -275,3 +275,26 @@ def test_a_run_ends_as_an_ordinary_checkpoint(backbone, tmp_path, capsys):
     assert AutoProcessor.from_pretrained(tmp_path / "tuned").tokenizer is not None
     assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_seeds_make_a_mean_with_an_interval_and_differences_are_paired(backbone, tmp_path, capsys):
+    from fedmm.cli import main
+
+    runs = [run(backbone, tmp_path / str(seed), f"seed={seed}", "rounds=1", "compare=[fedavg]") for seed in (0, 1)]
+    assert main(["compare", *map(str, runs)]) == 0
+    said = capsys.readouterr().out
+    assert "| FedAvg | " in said and "±" in said and "FedNano minus FedAvg:" in said
+    assert table.interval([0.5, 0.7]) == pytest.approx(12.706 * 0.1414214 / 2**0.5, rel=1e-4)
+    assert table.interval([0.5]) is None
+    assert main(["compare", str(tmp_path)]) == 2
+
+
+def line(label, overall):
+    return table.Line(label, tuple(range(len(overall))), tuple(overall), (), (), 0, 0, 0.0)
+
+
+def test_a_paired_difference_is_not_the_difference_of_intervals():
+    mine, other = line("A", [0.50, 0.60, 0.70]), line("B", [0.49, 0.59, 0.69])
+    assert table.difference(mine, other) == "A minus B: +1.0 ± 0.0 points of global accuracy"
+    assert table.difference(line("A", [0.5]), line("B", [0.4])).startswith("A minus B: +10.0 (one seed)")
+    assert table.difference(line("A", [None]), line("B", [0.4])) is None

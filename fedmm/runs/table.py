@@ -96,6 +96,7 @@ class Line:
     """One line of the table: a label and, per seed, the figures (from 0 to 1, None where not measured)."""
 
     label: str
+    seeds: tuple[int, ...]
     overall: tuple[float | None, ...]
     own: tuple[float, ...]
     worst: tuple[float, ...]
@@ -155,11 +156,24 @@ def markdown(table: Sequence[Line]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def difference(line: Line, other: Line) -> str | None:
+    """How much more accurate `line` is than `other`, in points, paired by seed; None where no seed has both."""
+    theirs = dict(zip(other.seeds, other.overall, strict=True))
+    pairs = [(mine, theirs.get(seed)) for seed, mine in zip(line.seeds, line.overall, strict=True)]
+    gaps = [mine - yours for mine, yours in pairs if mine is not None and yours is not None]
+    if not gaps:
+        return None
+    half = interval(gaps)
+    spread = f" ± {100 * half:.1f}" if half is not None else " (one seed)"
+    return f"{line.label} minus {other.label}: {100 * statistics.fmean(gaps):+.1f}{spread} points of global accuracy"
+
+
 def _line(label: str, found: Sequence[dict[str, Any]]) -> Line:
     own = [list(s["final"]["own"].values()) for s in found]
     moved = [[v[i] for s in found for v in s["bytes"].values()] for i in (0, 1)]
     return Line(
         label,
+        tuple(s["seed"] for s in found),
         tuple(s["final"]["global"] for s in found),
         tuple(statistics.fmean(values) for values in own if values),
         tuple(min(values) for values in own if values),
