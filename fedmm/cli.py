@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+from fedmm.types import FedmmError
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     watch = commands.add_parser("watch", help="show the progress of a run")
     watch.add_argument("dir", type=Path)
     watch.add_argument("--pid", type=int, help="end when this process has ended")
+    watch.add_argument("--stall", type=float, default=600.0, help="seconds without news after which it gives up")
     compare = commands.add_parser("compare", help="one table of several runs")
     compare.add_argument("dirs", type=Path, nargs="+", metavar="dir")
     compare.add_argument("--against", default="FedAvg", help="the arm that the others are set against, paired by seed")
@@ -38,33 +41,31 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "watch":
         from fedmm.runs.progress import watch as show
 
-        return show(args.dir, until=(lambda: not _alive(args.pid)) if args.pid else None)
+        until = (lambda: not _alive(args.pid)) if args.pid else None
+        return show(args.dir, until=until, stall_seconds=args.stall)
     if args.command == "export":
         return _export(args.dir, args.folder)
     return _compare(args.dirs, args.against)
 
 
 def _run(overrides: list[str]) -> int:
-    from fedmm.runs import config
+    from fedmm.flower import inprocess, server_app
+    from fedmm.runs.progress import watch
 
     try:
-        cfg = config.load(overrides)
-    except config.ConfigError as error:
+        arms = server_app.plan(overrides)
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    from fedmm.flower import inprocess
-    from fedmm.runs.progress import watch
-    from fedmm.types import FedmmError
-
-    path = Path(cfg.run.dir).absolute()
     ended = threading.Event()
-    watcher = threading.Thread(target=watch, args=(path,), kwargs={"until": ended.is_set})
+    watcher = threading.Thread(target=watch, args=(arms[0].folder,), kwargs={"until": ended.is_set})
     watcher.start()
     try:
-        inprocess.run([*(o for o in overrides if not o.startswith("run.dir=")), f"run.dir={path}"], cfg.clients)
-    except (ValueError, FedmmError) as error:
-        print(error, file=sys.stderr)
-        return 1 if path.exists() else 2
+        inprocess.run(arms)
+    except (ValueError, OSError, FedmmError) as error:
+        if not (arms[0].folder / "events.jsonl").exists():  # else the watcher says it
+            print(error, file=sys.stderr)
+        return 1
     finally:
         ended.set()
         watcher.join()

@@ -12,6 +12,7 @@ from conftest import small_llava
 from fedmm.flower import inprocess
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.messages import ask_who, read_who
+from fedmm.flower.server_app import plan
 from fedmm.runs import table
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def asked(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def in_one_process(asked, tmp_path_factory) -> Path:
-    return inprocess.run([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"], 2)
+    return inprocess.run(plan([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"]))
 
 
 def by_script(name: str, asked: list[str], folder: Path) -> tuple[Path, str]:

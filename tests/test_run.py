@@ -15,6 +15,7 @@ import torch
 
 from fedmm import tree
 from fedmm.flower import inprocess
+from fedmm.flower.server_app import plan
 from fedmm.runs import client as client_side
 from fedmm.runs import home, table
 from fedmm.runs.config import ConfigError, load
@@ -47,7 +48,7 @@ def backbone(tmp_path_factory) -> list[str]:
 
 def run(backbone, folder: Path, *overrides: str) -> Path:
     asked = [*backbone, *SMALL, *DATA, *overrides, f"run.dir={folder}"]
-    return inprocess.run(asked, load(asked).clients)
+    return inprocess.run(plan(asked))
 
 
 def rounds(path: Path) -> list[dict]:
@@ -88,6 +89,11 @@ def test_clients_per_round_are_drawn_by_seed_and_round(backbone, tmp_path):
     assert all(len(clients) == 1 for clients in drawn) and len({clients[0] for clients in drawn}) > 1
     assert table.scores(path, 0)["global"] is not None, "everybody is scored before the first round"
     assert table.scores(path, 5)["global"] is not None, "and after the last"
+
+
+def test_two_arms_of_one_name_are_refused(backbone, tmp_path):
+    with pytest.raises(ConfigError, match="two arms are called FedNano"):
+        run(backbone, tmp_path / "run", "compare=[fednano]")
 
 
 def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
@@ -133,7 +139,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(backbone, tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    killed = inprocess.run(asked, 3)
+    killed = inprocess.run(plan(asked))
     assert (killed / "rounds.jsonl").read_text() == (whole / "rounds.jsonl").read_text()
     assert table.scores(killed, 6) == table.scores(whole, 6)
 
@@ -241,9 +247,13 @@ def test_state_files_are_whole_or_not_there(tmp_path):
     folder.append("rounds.jsonl", round=1, clients=[0])
     folder.save_checkpoint(1, {"w": torch.ones(2)}, {"m": torch.zeros(1)})
     folder.append("rounds.jsonl", round=2, clients=[0])
-    with (tmp_path / "run" / "rounds.jsonl").open("a") as file:
-        file.write('{"round": 3, "cl')
-    last, state, memory = RunFolder(tmp_path / "run", "seed: 0\n", []).resume()
+    for name in ("rounds.jsonl", "events.jsonl"):
+        with (tmp_path / "run" / name).open("a") as file:
+            file.write('{"round": 3, "cl')
+    again = RunFolder(tmp_path / "run", "seed: 0\n", [])
+    again.event("run")
+    assert [row["event"] for row in again.rows("events.jsonl")] == ["run"]
+    last, state, memory = again.resume()
     assert (last, state["w"].tolist(), memory["m"].tolist()) == (1, [1, 1], [0])
     assert [row["round"] for row in read_rows(tmp_path / "run" / "rounds.jsonl")] == [1]
 

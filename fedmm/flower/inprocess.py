@@ -22,10 +22,10 @@ from fedmm.flower import client_app, server_app
 CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
-def run(overrides: list[str], clients: int) -> Path:
-    """Run what `overrides` ask for with `clients` clients in this process, one after the other."""
-    with InProcessGrid(clients) as grid:
-        return server_app.run(grid, overrides)
+def run(arms: list[server_app.Arm]) -> Path:
+    """Run what `server_app.plan` made of some overrides with all clients in this process, one after the other."""
+    with InProcessGrid(arms[0].cfg.clients) as grid:
+        return server_app.run(grid, arms)
 
 
 class InProcessGrid(Grid):

@@ -165,6 +165,8 @@ class _Arm:
         everybody = [0] if self.cfg.pooled else list(range(self.cfg.clients))
         self.host.open_round(round, current, [])
         lost = self._exchange([self._order(round, client, train=False, score=True) for client in everybody], "final")
+        if lost:
+            self.folder.event("unscored", lost={str(client): reason for client, reason in lost.items()})
         if len(lost) == len(everybody):
             raise FedmmError("no client scored the final state; " + "; ".join(map(_reason, lost.items())))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,36 +17,58 @@ from fedmm.runs.folder import RunFolder
 app = ServerApp()
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a run: where it goes, what was asked, and the configuration that is."""
+
+    name: str
+    folder: Path
+    overrides: list[str]
+    cfg: config.Config
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the overrides of Flower's run config. Raises with the reason, and leaves it in events.jsonl."""
-    run(grid, config.split(str(context.run_config.get("overrides", ""))))
+    run(grid, plan(config.split(str(context.run_config.get("overrides", "")))))
 
 
-def run(grid: Grid, overrides: list[str]) -> Path:
-    """Check everything, then run the arms in turn. Returns the run's folder; nothing is written before the checks."""
+def plan(overrides: list[str]) -> list[Arm]:
+    """The arms that `overrides` ask for, the main one first, each checked whole; writes nothing.
+
+    Raises ConfigError, or ValueError where the data cannot be divided as asked.
+    """
     cfg = config.load(overrides)
     path = Path(cfg.run.dir).absolute()
     overrides = [*(o for o in overrides if not o.startswith("run.dir=")), f"run.dir={path}"]
-    arms = [(name, asked, config.load(asked)) for name, asked in config.arms(cfg, overrides)]
-    for _, _, arm in arms:
-        _check_partition(arm)
-    main_folder = RunFolder(path, OmegaConf.to_yaml(cfg), overrides)
+    arms = [
+        Arm(name, path if name == "main" else path / "arms" / name, asked, config.load(asked))
+        for name, asked in config.arms(cfg, overrides)
+    ]
+    labels = [arm.cfg.label for arm in arms]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise config.ConfigError(f"two arms are called {twice[0]}; set label=... or take one out of compare")
+    for arm in arms:
+        _check_partition(arm.cfg)
+    return arms
+
+
+def run(grid: Grid, arms: list[Arm]) -> Path:
+    """Run the arms in turn and write the report. Returns the run's folder."""
+    folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
+    top = folders[0]
     try:
-        main_folder.event("run", arms=[arm.label for _, _, arm in arms], dir=str(path))
-        nodes = find_clients(grid, cfg.clients, cfg.run.wait_seconds)
-        backbone = config.make(cfg.llm)
-        for name, asked, arm in arms:
-            folder = main_folder
-            if name != "main":
-                folder = RunFolder(path / "arms" / name, OmegaConf.to_yaml(arm), asked)
-            run_arm(grid, nodes, arm, asked, backbone, folder)
-        report.write(path)
-        main_folder.event("finished", report=str(path / "report.html"))
+        top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
+        nodes = find_clients(grid, arms[0].cfg.clients, arms[0].cfg.run.wait_seconds)
+        backbone = config.make(arms[0].cfg.llm)
+        for arm, folder in zip(arms, folders, strict=True):
+            run_arm(grid, nodes, arm.cfg, arm.overrides, backbone, folder)
+        report.write(top.path)
+        top.event("finished", report=str(top.path / "report.html"))
     except BaseException as error:
-        main_folder.event("failed", error=f"{type(error).__name__}: {error}")
+        top.event("failed", error=f"{type(error).__name__}: {error}")
         raise
-    return path
+    return top.path
 
 
 def _check_partition(cfg: config.Config) -> None:

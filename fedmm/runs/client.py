@@ -112,7 +112,7 @@ def take_part(order: Order) -> Report:
         scores: dict[int, tuple[int, int]] = {}
         said: list[tuple[int, Answer]] = []
         if order.score:
-            everywhere = cfg.evaluate.everywhere and not order.train  # only once, at the end: it is many times the work
+            everywhere = cfg.evaluate.everywhere and order.round > cfg.rounds  # at the end: it is many times the work
             for part in range(cfg.clients) if everywhere else own:
                 given = site.answers(model, part)
                 scores[part] = (sum(answer.right for answer in given), len(given))

@@ -18,7 +18,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from fedmm.runs import home
 from fedmm.types import State, Update
 
 PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
-_BY_ROUND = ("rounds.jsonl", "scores.jsonl", "predictions.jsonl", "ledger.jsonl")
+_OF_ROUND = ("rounds.jsonl", "ledger.jsonl")  # written in a round, about it
+_OF_STATE = ("scores.jsonl", "predictions.jsonl")  # written in a round, about the state it began with
 
 
 class RunFolder:
@@ -46,6 +47,7 @@ class RunFolder:
                 raise ValueError(
                     f"{path} holds a run with another configuration; set run.dir to another folder, or remove it"
                 )
+            self._rewrite("events.jsonl", lambda row: True)
         else:
             path.mkdir(parents=True, exist_ok=True)
             home.write(path / "overrides.txt", asked.encode())
@@ -83,11 +85,17 @@ class RunFolder:
         """The last whole round with its state and memory, rows beyond it dropped; None at the very start."""
         found = latest_checkpoint(self.path)
         last = found[0] if found else 0
-        for file in _BY_ROUND:
-            kept = [row for row in self.rows(file) if row["round"] <= last]
-            if (self.path / file).exists():
-                home.write(self.path / file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        for file in _OF_ROUND:
+            self._rewrite(file, lambda row: row["round"] <= last)
+        for file in _OF_STATE:
+            self._rewrite(file, lambda row: row["round"] < last)
         return found
+
+    def _rewrite(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep these whole rows; a line that a kill cut off goes, or the next row would be glued to it."""
+        if (self.path / file).exists():
+            rows = [row for row in self.rows(file) if keep(row)]
+            home.write(self.path / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round_{round:04d}.safetensors"

@@ -33,9 +33,12 @@ T_95 = (
 )  # two-sided Student t, 1 to 9 degrees of freedom
 
 
-def scores(folder: Path, round: int) -> dict[str, Any]:
-    """Accuracy of the state of `round`: `global` (None where it was not measured everywhere) and `own` by client."""
-    cfg = OmegaConf.load(folder / "config.yaml")
+def scores(folder: Path, round: int, cfg: Any = None) -> dict[str, Any]:
+    """Accuracy of the state of `round`: `global` (None where it was not measured everywhere) and `own` by client.
+
+    `cfg` is the folder's config.yaml, where the caller has it.
+    """
+    cfg = cfg or OmegaConf.load(folder / "config.yaml")
     parts: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
     for row in read_rows(folder / "scores.jsonl"):
         if row["round"] == round:
@@ -61,13 +64,10 @@ def write_summary(folder: Path) -> dict[str, Any]:
     """Work out the figures of a finished arm and write summary.json."""
     cfg = OmegaConf.load(folder / "config.yaml")
     moved: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    seconds = 0.0
     for row in read_rows(folder / "ledger.jsonl"):
         if row["kind"] == "bytes":
             moved[row["channel"]][0] += row["up_bytes"]
             moved[row["channel"]][1] += row["down_bytes"]
-    times = [row["time"] for row in read_rows(folder / "events.jsonl")]
-    seconds = times[-1] - times[0] if times else 0.0
     rounds = read_rows(folder / "rounds.jsonl")
     summary = {
         "label": cfg.label,
@@ -78,7 +78,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "zero_shot": scores(folder, 0),
         "final": scores(folder, cfg.rounds),
         "bytes": dict(moved),
-        "seconds": seconds,
+        "seconds": _seconds(folder),
         "lost": sum(len(row["lost"]) for row in rounds),
         "state": rounds[-1]["state"] if rounds else None,
     }
@@ -166,6 +166,17 @@ def difference(line: Line, other: Line) -> str | None:
     half = interval(gaps)
     spread = f" ± {100 * half:.1f}" if half is not None else " (one seed)"
     return f"{line.label} minus {other.label}: {100 * statistics.fmean(gaps):+.1f}{spread} points of global accuracy"
+
+
+def _seconds(folder: Path) -> float:
+    """How long an arm took, from its start to its last event; of a resumed one, the sum of its attempts."""
+    total, began, last = 0.0, None, 0.0
+    for event in read_rows(folder / "events.jsonl"):
+        if event["event"] in ("run", "arm"):
+            total += last - began if began is not None else 0.0
+            began = event["time"] if event["event"] == "arm" else None
+        last = event["time"]
+    return total + (last - began if began is not None else 0.0)
 
 
 def _line(label: str, found: Sequence[dict[str, Any]]) -> Line:
