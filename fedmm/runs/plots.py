@@ -24,7 +24,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedmm.runs import table
-from fedmm.runs.folder import read_rows
 
 WIDE, NARROW = 8.6, 4.6  # inches: a page and a phone, on which text of one size is read well
 PANELS = 12  # clients shown one by one; beyond it their spread is
@@ -57,8 +56,7 @@ class Curve:
 def curve(folder: Path) -> Curve:
     """Global accuracy where every scored round has it, else the mean of each client's own; never a mix of both."""
     label = json.loads((folder / "summary.json").read_text())["label"]
-    scored = sorted({row["round"] for row in read_rows(folder / "scores.jsonl")})
-    found = {round: table.scores(folder, round) for round in scored}
+    found = table.scores(folder)
     overall = {round: score["global"] for round, score in found.items() if score["global"] is not None}
     if overall.keys() == found.keys():
         return Curve(label, tuple(overall), tuple(overall.values()), True)
@@ -69,8 +67,8 @@ def curve(folder: Path) -> Curve:
 def by_client(folder: Path) -> dict[int, dict[int, float]]:
     """Each client's accuracy on its own test examples by round, of one arm."""
     found: dict[int, dict[int, float]] = {}
-    for round in sorted({row["round"] for row in read_rows(folder / "scores.jsonl")}):
-        for client, value in table.scores(folder, round)["own"].items():
+    for round, score in table.scores(folder).items():
+        for client, value in score["own"].items():
             found.setdefault(client, {})[round] = value
     return found
 

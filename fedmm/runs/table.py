@@ -33,16 +33,17 @@ T_95 = (
 )  # two-sided Student t, 1 to 9 degrees of freedom
 
 
-def scores(folder: Path, round: int, cfg: Any = None) -> dict[str, Any]:
-    """Accuracy of the state of `round`: `global` (None where it was not measured everywhere) and `own` by client.
-
-    `cfg` is the folder's config.yaml, where the caller has it.
-    """
-    cfg = cfg or OmegaConf.load(folder / "config.yaml")
-    parts: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
+def scores(folder: Path) -> dict[int, dict[str, Any]]:
+    """Accuracy by round of the scored state: `global` (None where it was not measured everywhere), `own` by client."""
+    cfg = OmegaConf.load(folder / "config.yaml")
+    found: dict[int, dict[int, dict[int, tuple[int, int]]]] = defaultdict(lambda: defaultdict(dict))
     for row in read_rows(folder / "scores.jsonl"):
-        if row["round"] == round:
-            parts[row["client"]][row["part"]] = (row["right"], row["count"])
+        found[row["round"]][row["client"]][row["part"]] = (row["right"], row["count"])
+    return {round: _score(parts, cfg) for round, parts in sorted(found.items())}
+
+
+def _score(parts: dict[int, dict[int, tuple[int, int]]], cfg: Any) -> dict[str, Any]:
+    """One state's accuracy from (right, count) by client and part."""
     own = {
         part: right / count
         for client, rows in sorted(parts.items())
@@ -50,8 +51,7 @@ def scores(folder: Path, round: int, cfg: Any = None) -> dict[str, Any]:
         if (part == client or cfg.pooled) and count
     }
     everything = set(range(cfg.clients))
-    personal = "local" in cfg.method.use
-    if personal:
+    if "local" in cfg.method.use:  # a model for each client
         full = [rows for rows in parts.values() if rows.keys() == everything]
         overall = statistics.fmean(map(_accuracy, full)) if len(full) == len(parts) > 0 else None
     else:
@@ -69,14 +69,15 @@ def write_summary(folder: Path) -> dict[str, Any]:
             moved[row["channel"]][0] += row["up_bytes"]
             moved[row["channel"]][1] += row["down_bytes"]
     rounds = read_rows(folder / "rounds.jsonl")
+    scored, nothing = scores(folder), {"global": None, "own": {}}
     summary = {
         "label": cfg.label,
         "seed": cfg.seed,
         "rounds": cfg.rounds,
         "clients": cfg.clients,
         "split": cfg.evaluate.split,
-        "zero_shot": scores(folder, 0),
-        "final": scores(folder, cfg.rounds),
+        "zero_shot": scored.get(0, nothing),
+        "final": scored.get(cfg.rounds, nothing),
         "bytes": dict(moved),
         "seconds": _seconds(folder),
         "lost": sum(len(row["lost"]) for row in rounds),
