@@ -47,7 +47,7 @@ def backbone(tmp_path_factory) -> list[str]:
 
 
 def run(backbone, folder: Path, *overrides: str) -> Path:
-    asked = [*backbone, *SMALL, *DATA, *overrides, f"run.dir={folder}"]
+    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, f"run.dir={folder}"]
     return inprocess.run(plan(asked))
 
 
@@ -76,6 +76,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(backbone, tmp_pa
     other = run(backbone, tmp_path / "c", "seed=1")
     assert (first / "rounds.jsonl").read_text() == (again / "rounds.jsonl").read_text()
     assert (first / "rounds.jsonl").read_text() != (other / "rounds.jsonl").read_text()
+
+
+def test_how_many_clients_run_at_once_changes_no_bit(backbone, tmp_path):
+    one, three = (run(backbone, tmp_path / str(count), f"run.at_once={count}") for count in (1, 3))
+    assert (one / "rounds.jsonl").read_text() == (three / "rounds.jsonl").read_text()
 
 
 def test_where_the_loss_is_computed_changes_no_bit(backbone, tmp_path):

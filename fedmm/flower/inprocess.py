@@ -5,6 +5,7 @@ The link is the real one, over loopback; only Flower's message delivery is repla
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
 import uuid
@@ -23,20 +24,21 @@ CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def run(arms: list[server_app.Arm]) -> Path:
-    """Run what `server_app.plan` made of some overrides with all clients in this process, one after the other."""
-    with InProcessGrid(arms[0].cfg.clients) as grid:
+    """Run what `server_app.plan` made of some overrides, with all clients in this process."""
+    cfg = arms[0].cfg
+    with InProcessGrid(cfg.clients, cfg.run.at_once or os.cpu_count() or 1) as grid:
         return server_app.run(grid, arms)
 
 
 class InProcessGrid(Grid):
-    """Delivers each message by calling the ClientApp in a worker thread, in the order they were pushed."""
+    """Delivers each message by calling the ClientApp in one of a few worker threads."""
 
-    def __init__(self, clients: int) -> None:
+    def __init__(self, clients: int, at_once: int = 1) -> None:
         self._contexts = {
             node: Context(1, node, {"partition-id": node - 1, "num-partitions": clients}, RecordDict(), {})
             for node in range(1, clients + 1)
         }
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmm-client")
+        self._worker = ThreadPoolExecutor(at_once, thread_name_prefix="fedmm-client")
         self._replies: dict[str, Future[Message]] = {}
         self._lock = threading.Lock()
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0

@@ -112,7 +112,10 @@ class Session:
         code, details = self._stream.code(), self._stream.details()
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT):
             return HostRefused(str(details))
-        return HostGone(f"the host at {self._address} is gone ({code.name.lower()}: {details}); is the server running?")
+        return HostGone(
+            f"the host at {self._address} is gone ({code.name.lower()}: {details}); "
+            "is the server running, and is link.address one that clients can reach?"
+        )
 
 
 class RemoteLLM:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def take_part(order: Order) -> Report:
             "start_seconds": ready - began,
             "score_seconds": scored - ready,
             "link_seconds": session.wait_seconds,
-            "peak_rss_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
             "edge_parameters": float(card["edge_parameters"]),
             "trained_parameters": float(sum(p.numel() for p in edge.parameters() if p.requires_grad)),
         }
@@ -235,6 +236,7 @@ class _Site:
         return prepare([examples[i] for i in indices], self.processor, self.card["prompt"])
 
 
+_RSS_UNIT_BYTES = 1.0 if sys.platform == "darwin" else 1024.0
 _REMEMBERED_PARTS = 16  # a process may serve several clients in turn; correctness rests on none of this
 _remembered: dict[tuple[Any, ...], list[Prepared]] = {}
 

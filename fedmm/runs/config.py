@@ -86,6 +86,7 @@ class RunConfig:
     dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"  # absolute for flwr run, whose server has a working directory of its own
     round_seconds: float = 3600.0  # a client that is not back by then is left out of the round
     wait_seconds: float = 120.0  # for all clients to be there at the start
+    at_once: int | None = None  # clients at once in one process; null: one a core. Changes no bit
     examples: int = 12  # test images in the report; 0: none
 
 
