@@ -58,7 +58,7 @@ connect() {
 run_app() {
     local name=$1 dir=$2 federation=$3 overrides stream
     shift 3
-    overrides=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@" "run.dir=$dir")
+    overrides=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@" "run.dir=\"$dir\"")
     mkdir -p "$state/log" && cd "$state" # not in the project's folder: workers would import it instead of the bundle
     printf "overrides = '''%s '''\n" "$overrides" >"$state/run.toml"
     say "flwr run with $overrides"

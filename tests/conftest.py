@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +168,47 @@ def gradients(edge: NanoEdge) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in edge.trainable("shared").items() if p.grad is not None}
     edge.zero_grad()
     return found
+
+
+class CountingProxy:
+    """Passes bytes between clients and a host and counts them, knowing nothing of frames."""
+
+    def __init__(self, port: int) -> None:
+        self.bytes = {"up": 0, "down": 0}
+        self._port = port
+        self._sockets = [socket.create_server(("127.0.0.1", 0))]
+        self._threads: list[threading.Thread] = []
+        self.address = f"127.0.0.1:{self._sockets[0].getsockname()[1]}"
+        self._start(self._accept)
+
+    def _start(self, work, *args) -> None:
+        self._threads.append(threading.Thread(target=work, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._sockets[0].accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._port))
+            self._sockets += [client, server]
+            self._start(self._pump, client, server, "up")
+            self._start(self._pump, server, client, "down")
+
+    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                self.bytes[way] += len(data)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        for thread in self._threads:
+            thread.join(timeout=5)

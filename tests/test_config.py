@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
 from fedmm.runs import config
 from fedmm.runs.config import ConfigError, check, compose, load, options
@@ -63,12 +64,20 @@ def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says)
         (["link.loss=server"], "link.loss must be auto or client"),
         (["compare=[fedavg,fedmagic]"], "compare names 'fedmagic'; available options: .*fedavg"),
         (["arm=fedavg", "rule=fisher"], "rule=fisher needs a method that makes a Fisher; set method=fednano"),
-        (["method.use=[local]"], "method.use names"),
+        (["method.use=[local]"], "method.use="),
         (["evaluate.split=train"], "evaluate.split must be"),
         (["rule._target_=os.system"], "_target_=os.system is outside fedmm"),
         (["rule._target_=fedmm.aggregate.mean.median"], "does not exist"),
-        (["link.deadline_seconds=0"], "link.deadline_seconds must be above 0"),
+        (["link.deadline_seconds=0"], "link.deadline_seconds must be at least 1"),
         (["edge.rank=0"], "edge.rank must be at least 1"),
+        (["edge.lora.rank=-1"], "edge.lora.rank must be at least 0"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size must be at least 1"),
+        (["method.use=[]"], "method.use"),
+        (["link.bind=0.0.0.0:9443"], "needs link.address"),
+        (["rule._target_=fedmm.tree"], "wanted a function"),
+        (["rule._target_=fedmm.llm.packing.save_file"], "only imported there"),
+        (["+optimizer.params=[{_target_:os.makedirs,name:/tmp/no}]"], "_target_=os.makedirs is outside"),
+        (["+rule._args_=[1]"], "name the arguments"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_knob(overrides, says):
@@ -102,6 +111,22 @@ def test_one_scalar_carries_a_whole_command_line():
     assert cfg.rounds == 2 and list(cfg.compare) == ["local", "fedavg"] and cfg.llm.prompt == "<image> {question}"
     with pytest.raises(ConfigError, match="cannot be split"):
         config.split("run.dir='half")
+
+
+@pytest.mark.parametrize("arm", options("arm"))
+def test_what_an_arm_sets_holds(arm):
+    """A value of config.yaml must not win over the arm's own, nor one asked for the main arm over a compared one's."""
+    own = OmegaConf.load(config.folder() / "arm" / f"{arm}.yaml")
+    asked = ["rounds=5", "++rule.floor=0.1", "method.sets=[shared]", "pooled=false", f"compare=[{arm}]"]
+    compared = config.arms(compose(asked), asked)[1][1]
+    for cfg in (load([f"arm={arm}"]), load(compared)):
+        for path in config._leaves("", own):
+            assert OmegaConf.select(cfg, path) == OmegaConf.select(own, path), path
+
+
+def test_the_plateau_is_four_times_as_long_unless_asked_for_by_name():
+    assert load(["arm=fedavg_plateau"]).rounds == 4 * load().rounds
+    assert load(["arm=fedavg_plateau", "rounds=2"]).rounds == 2
 
 
 def test_compared_arms_keep_what_was_asked_but_their_method():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import small_llava
 
 from fedmm.flower import inprocess
 from fedmm.flower.inprocess import InProcessGrid
@@ -19,13 +20,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory) -> list[str]:
-    path = small_llava(tmp_path_factory.mktemp("backbone"), image_size=48)
-    return [
-        "llm=llava_1_5_7b", f"llm.path={path}", "llm.dtype=float32", "llm.device=cpu",
-        r'llm.prompt="<image> {question}"', "rounds=2", "clients=2", "compare=[]", "edge.rank=4",
-        "dataset.train=64", "dataset.validation=20", "dataset.test=40",
-    ]  # fmt: skip
+def asked() -> list[str]:
+    """The embedded LLaVA, which ServerApp and ClientApps must find in Flower's bundle with no path configured."""
+    sizes = ["dataset.train=64", "dataset.validation=20", "dataset.test=40"]
+    return ["rounds=2", "clients=2", "compare=[]", "edge.rank=4", "partition=iid", *sizes]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +51,24 @@ def test_simulation_and_deployment_give_the_bits_of_one_process(asked, in_one_pr
 
 def test_a_run_that_fails_under_flower_fails_the_script(asked, tmp_path):
     """`flwr run --stream` ends with 0 all the same."""
-    with pytest.raises(AssertionError, match="clients=3000"):
-        by_script("demo.sh", [*asked[:-5], "dataset.train=64", "clients=3000", "partition=iid"], tmp_path / "run")
+    with pytest.raises(AssertionError, match="needs at least one example per client"):
+        by_script("demo.sh", [*asked, "clients=70"], tmp_path / "run")
+
+
+def test_the_bundle_holds_what_a_run_needs_and_fits(tmp_path):
+    """Flower takes at most 10 MB; what is not in the bundle is not there on a SuperNode."""
+    bundle = tmp_path / "fedmm.fab"
+    subprocess.run(["flwr", "build", "--app", str(ROOT)], cwd=tmp_path, check=True, capture_output=True)
+    (bundle,) = tmp_path.glob("*.fab")
+    assert bundle.stat().st_size < 10e6
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(tmp_path / "app")
+    code = "import fedmm; from fedmm.runs import config; config.make(config.load().llm); print(fedmm.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "app")}
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+    )
+    assert said.stdout.startswith(str(tmp_path / "app"))
 
 
 def test_what_is_private_to_flower_is_where_it_was():

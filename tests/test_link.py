@@ -9,10 +9,12 @@ import time
 import grpc
 import pytest
 import torch
-from conftest import gradients, served, visiting
+from conftest import CountingProxy, gradients, served, visiting
 
 from fedmm import tree
+from fedmm.edge import parts
 from fedmm.llm import wire
+from fedmm.llm.host import Host
 from fedmm.llm.remote import HostGone, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.types import FedmmError
@@ -67,6 +69,8 @@ def spoil(state, how):
     name = sorted(state)[0]
     if how == "nan":
         state[name][0, 0] = float("nan")
+    elif how == "huge":
+        state[name][0, 0] = 3e38
     elif how == "shape":
         state[name] = state[name][:1]
     elif how == "dtype":
@@ -82,6 +86,7 @@ def spoil(state, how):
     ("how", "says"),
     [
         ("nan", "not finite"),
+        ("huge", "no training makes"),
         ("shape", "has shape"),
         ("dtype", "float64"),
         ("missing", "lacks"),
@@ -104,6 +109,9 @@ def test_an_update_that_does_not_fit_is_left_out_and_said_so(link, edge, how, sa
         ({"num_examples": 0}, "at least 1"),
         ({"num_examples": -3}, "at least 1"),
         ({"num_examples": "many"}, "integer"),
+        ({"num_examples": 10**40}, "below 2"),
+        ({"metrics": {"loss": float("nan")}}, "metrics"),
+        ({"metrics": {"loss": 10**400}}, "metrics"),
         ({"metrics": {"loss": "low"}}, "metrics"),
         ({"metrics": [1]}, "metrics"),
     ],
@@ -140,6 +148,8 @@ def step_tensors(batch, edge, **changes):
         ({"keep": torch.full((3, 3), -1)}, r"'keep' must lie in \[0"),
         ({"labels": torch.full((3, 3), 10_000)}, r"'labels' must lie in \[0"),
         ({"labels": torch.full((3, 3), -100)}, "no answer token"),
+        ({"embeds": torch.zeros(3, 65, 16)}, "65 positions, the LLM has 64"),
+        ({"keep": torch.zeros(3, 50, dtype=torch.int64)}, "'keep' names 50 positions"),
     ],
 )
 def test_a_step_with_a_wrong_tensor_is_refused_and_harms_nobody(link, edge, batch, changes, says):
@@ -257,42 +267,8 @@ def test_a_port_that_is_taken_names_the_knob(llava, edge, local_llm):
                 pass
 
 
-class CountingProxy:
-    """Passes bytes between clients and a host and counts them, knowing nothing of frames."""
-
-    def __init__(self, port: int) -> None:
-        self.bytes = {"up": 0, "down": 0}
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self._port))
-            for source, sink, way in ((client, server, "up"), (server, client, "down")):
-                threading.Thread(target=self._pump, args=(source, sink, way), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                self.bytes[way] += len(data)
-                sink.sendall(data)
-        except OSError:
-            return
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def test_the_ledger_is_what_went_over_the_wire(llava, local_llm):
+def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
     """Frames as large as real ones; gRPC's own framing is the difference, and less than 1%."""
-    from fedmm.edge import parts
-
     built, _ = parts.build(parts.take(*llava), rank=4)
     with served(llava, built, local_llm) as (host, _):
         proxy = CountingProxy(host.port)
@@ -319,3 +295,75 @@ def test_a_stream_without_credentials_is_refused(link):
         with pytest.raises(grpc.RpcError) as caught:
             list(channel.stream_stream(wire.METHOD)(iter(wire.encode(wire.Frame("card")))))
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_late_answer_is_not_taken_for_the_next_ones(llava, edge, local_llm, batch, monkeypatch):
+    call = local_llm.__class__.__call__
+
+    def slow(self, *args):
+        time.sleep(1.0)
+        return call(self, *args)
+
+    monkeypatch.setattr(local_llm.__class__, "__call__", slow)
+    with served(llava, edge, local_llm) as (host, _), visiting(host, deadline_seconds=0.3) as session:
+        with pytest.raises(HostGone, match="'loss' within"):
+            session.call("loss", step_tensors(batch, edge), grad=False)
+        time.sleep(1.0)
+        with pytest.raises(HostGone):
+            session.call("card")
+
+
+def test_a_session_of_an_old_round_can_do_nothing_more(link, edge, batch):
+    host, _ = link
+    with visiting(host) as session:
+        session.call("card")
+        host.open_round(2, edge.state(), [0])  # a round that follows without the old one's end
+        with pytest.raises(HostRefused, match="round 1 is over, the run is in round 2"):
+            session.call("loss", step_tensors(batch, edge), grad=True)
+    host.close_round()
+    with visiting(host) as session, pytest.raises(HostRefused, match="between rounds"):
+        session.call("card")
+
+
+def test_a_client_has_one_session_and_a_new_one_ends_the_old(link):
+    host, _ = link
+    with visiting(host) as old, visiting(host, client=1) as other:
+        old.call("card")
+        other.call("card")
+        with visiting(host) as new:
+            assert new.call("card").verb == "card"
+            with pytest.raises(HostGone):
+                old.call("card")
+            assert new.call("card").verb == other.call("card").verb == "card"
+
+
+def test_an_update_is_safe_before_its_round_can_close(llava, edge, local_llm):
+    """An update that is being written when the round ends is in the round; the round waits for it."""
+    writing, order = threading.Event(), []
+
+    def slow_disk(round, update):
+        writing.set()
+        time.sleep(0.5)
+        order.append("safe")
+
+    frozen = parts.take(*llava)
+    with Host(local_llm, card={}, edge=frozen, on_update=slow_disk) as host:
+        host.open_round(1, edge.state(), [0])
+        with visiting(host) as session:
+            sender = threading.Thread(target=send_update, args=(session, edge.state()))
+            sender.start()
+            writing.wait(10)
+            host.close_round()
+            order.append("closed")
+            sender.join()
+    assert order == ["safe", "closed"]
+
+
+def test_unknown_verbs_take_no_memory(link):
+    host, _ = link
+    with visiting(host) as session:
+        for i in range(5):
+            with pytest.raises(HostRefused):
+                session.call(f"verb{i}" + "x" * 1000)
+    _, traffic = host.close_round()
+    assert [verb for _, verb in traffic] == ["refused"] and traffic[0, "refused"].frames == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -92,19 +94,18 @@ def test_no_update_and_no_tensor_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_updates_are_taken_one_at_a_time(name):
-    """A rule that collects its updates would hold all of them at once."""
-    alive = 0
+def test_updates_are_held_one_at_a_time(name):
+    """Memory must not grow with the clients: when an update is asked for, those before the last are gone."""
+    given: list[weakref.ref] = []
 
-    def one_at_a_time():
-        nonlocal alive
+    def watched():
         for update in updates():
-            alive += 1
+            assert all(ref() is None for ref in given[:-1]), "an update is still held"
+            given.append(weakref.ref(update))
             yield update
 
-    taken = one_at_a_time()
-    rule_of(name)(current(), taken, {})
-    assert alive == 5 and next(taken, None) is None
+    rule_of(name)(current(), watched(), {})
+    assert len(given) == 5
 
 
 def two(first_delta, second_delta, first_fisher=None, second_fisher=None, counts=(1, 3)):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CountingProxy
 
 from fedmm import tree
 from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.runs import client as client_side
 from fedmm.runs import home, table
-from fedmm.runs.config import ConfigError, load
+from fedmm.runs.config import ConfigError, load, quoted
 from fedmm.runs.folder import RunFolder, read_rows
 from fedmm.types import FedmmError
 
@@ -78,8 +81,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(backbone, tmp_pa
     assert (first / "rounds.jsonl").read_text() != (other / "rounds.jsonl").read_text()
 
 
-def test_how_many_clients_run_at_once_changes_no_bit(backbone, tmp_path):
-    one, three = (run(backbone, tmp_path / str(count), f"run.at_once={count}") for count in (1, 3))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_how_many_clients_run_at_once_changes_no_bit(backbone, tmp_path, dtype):
+    counted = [["clients=6", f"llm.dtype={dtype}", f"run.at_once={count}"] for count in (1, 6)]
+    one, three = (run(backbone, tmp_path / str(i), *overrides) for i, overrides in enumerate(counted))
+    assert torch.get_default_dtype() == torch.float32
     assert (one / "rounds.jsonl").read_text() == (three / "rounds.jsonl").read_text()
 
 
@@ -99,6 +105,54 @@ def test_clients_per_round_are_drawn_by_seed_and_round(backbone, tmp_path):
 def test_two_arms_of_one_name_are_refused(backbone, tmp_path):
     with pytest.raises(ConfigError, match="two arms are called FedNano"):
         run(backbone, tmp_path / "run", "compare=[fednano]")
+
+
+def test_another_prompt_is_another_run(backbone, tmp_path):
+    """What a process remembers of its data depends on the prompt."""
+    first = run(backbone, tmp_path / "a", "rounds=1")
+    other = run(backbone, tmp_path / "b", "rounds=1", r'llm.prompt="<image> the {question}"')
+    assert rounds(first) != rounds(other)
+
+
+def test_the_ledger_on_disk_is_what_went_over_the_wire(backbone, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    proxy = CountingProxy(port)
+    path = run(
+        backbone, tmp_path / "run", f"link.bind=127.0.0.1:{port}", f"link.address={proxy.address}", "rounds=1",
+        "batch_size=36", "clients=1", "epochs=10", "evaluate.batch_size=256",
+    )  # fmt: skip
+    proxy.close()
+    ledger = [row for row in read_rows(path / "ledger.jsonl") if row["kind"] == "bytes" and row["channel"] != "control"]
+    for way in ("up", "down"):
+        assert sum(row[f"{way}_bytes"] for row in ledger) == pytest.approx(proxy.bytes[way], rel=0.01)
+
+
+def test_two_local_rounds_lost_in_a_row_lose_nothing(backbone, tmp_path, monkeypatch):
+    send = client_side._send
+
+    def twice_lost(session, update):
+        if update.client == 1 and session.round in (2, 3):
+            raise FedmmError("cut off")
+        send(session, update)
+
+    monkeypatch.setattr(client_side, "_send", twice_lost)
+    path = run(backbone, tmp_path / "run", "arm=local", "rounds=5")
+    assert [1 in row["clients"] for row in rounds(path)] == [True, False, False, True, True]
+
+
+def test_a_corrected_command_goes_on_in_the_same_folder(backbone, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        run(backbone, tmp_path / "run", "llm.path=/nowhere/at/all")
+    assert not (tmp_path / "run").exists()
+    run(backbone, tmp_path / "run", "rounds=1")
+    run(backbone, tmp_path / "run", "rounds=1", "link.deadline_seconds=30")
+
+
+def test_a_path_may_hold_any_character(backbone, tmp_path):
+    folder = tmp_path / "a (1), b=c" / "it's"
+    path = inprocess.run(plan([*backbone, *SMALL, *DATA, "rounds=1", quoted("run.dir", folder), "compare=[fedavg]"]))
+    assert path == folder and (folder / "arms" / "fedavg" / "summary.json").exists()
 
 
 def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
@@ -172,6 +226,36 @@ def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, tmp_path, 
     assert {(r["round"], r["client"]) for r in read_rows(again / "scores.jsonl")} == {
         (round, client) for round in range(3) for client in range(3)
     }
+
+
+def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monkeypatch):
+    send = client_side._send
+    monkeypatch.setattr(client_side, "_send", lambda session, update: update.client == 1 or send(session, update))
+    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1")
+    assert rounds(path)[0]["clients"] == [0, 2]
+    assert rounds(path)[0]["lost"] == {"1": "reported, but sent no update"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scores": {0: (999, 1)}}, "scores part 0 with 999 of 1"),
+        ({"scores": {2: (1, 2)}}, "scores part 2"),
+        ({"metrics": {"loss": float("nan")}}, "not finite"),
+        ({"round": 7}, "round 7"),
+    ],
+)
+def test_a_report_that_cannot_be_is_not_believed(backbone, tmp_path, monkeypatch, changes, says):
+    honest = client_side.take_part
+
+    def lying(order):
+        report = honest(order)
+        return replace(report, **changes) if order.client == 0 and order.train else report
+
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", lying)
+    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1")
+    assert says in next(e for e in read_rows(path / "events.jsonl") if e["event"] == "round")["failed"]["0"]
+    assert table.scores(path)[1]["global"] is not None
 
 
 def poison(monkeypatch, clients):

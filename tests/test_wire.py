@@ -62,6 +62,11 @@ def raw(
         (raw(header=b'["verb"]'), "no JSON object with a verb"),
         (raw(header=b'{"verb": 3}'), "no JSON object with a verb"),
         (raw(body=b"not safetensors at all"), "no safetensors"),
+        (
+            raw(body=struct.pack("<Q", 58) + b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,1]}}     ' + b"x"),
+            "no safetensors",
+        ),
+        (raw(header=b"[" * 60_000), "no JSON"),
     ],
 )
 def test_what_is_no_frame_is_refused_with_its_reason(message, says):

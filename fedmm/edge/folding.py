@@ -33,14 +33,15 @@ def fold(model: LlavaForConditionalGeneration, state: State, scale: float) -> No
         raise ValueError(
             f"the connector ends in {type(last).__name__}, not in a linear layer: adapters do not fold into it"
         )
-    down_RD, up_DR = state["image.down"].double(), state["image.up"].double()
+    state = {name: tensor.to(last.weight.device, torch.float64) for name, tensor in state.items()}
+    down_RD, up_DR = state["image.down"], state["image.up"]
     weight_DD = last.weight.double()
     last.weight.copy_(weight_DD + scale * up_DR @ (down_RD @ weight_DD))
     if last.bias is not None:
         last.bias.copy_(last.bias.double() + scale * up_DR @ (down_RD @ last.bias.double()))
     _untie(model)
     table_VD = model.get_input_embeddings().weight
-    down_RD, up_DR = state["text.down"].double(), state["text.up"].double()
+    down_RD, up_DR = state["text.down"], state["text.up"]
     table_VD.copy_(table_VD.double() + scale * (table_VD.double() @ down_RD.T) @ up_DR.T)
 
 

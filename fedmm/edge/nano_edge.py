@@ -154,9 +154,12 @@ class NanoEdge(nn.Module):
             )
         from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import
 
+        trained = {parameter: parameter.requires_grad for parameter in self.parameters()}
         for module in self.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter(use[0])
+        for parameter, flag in trained.items():  # peft lets whatever acts be trained, and nothing else
+            parameter.requires_grad_(flag)
 
 
 def _inject(encoder: nn.Module, connector: nn.Module, sets: Sequence[str], lora: Lora) -> None:

@@ -78,7 +78,8 @@ def build(
             (Path(folder) / name).write_bytes(tensor.numpy().tobytes())
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
-    encoder = AutoModel.from_config(config.vision_config)
+    # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
+    encoder = AutoModel.from_config(config.vision_config, dtype=torch.float32)
     connector = LlavaMultiModalProjector(config)
     for module, name in ((encoder, "encoder/"), (connector, "connector/")):
         module.load_state_dict({key.removeprefix(name): t for key, t in parts.items() if key.startswith(name)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,9 +46,3 @@ def answers(
         tokens_BN = model.generate(collate([items[i] for i in chunk], answers=False), use, max_tokens)
         said |= zip(chunk, tokenizer.batch_decode(tokens_BN, skip_special_tokens=True), strict=True)
     return [Answer(item.id, said[i].strip(), item.truth) for i, item in enumerate(items)]
-
-
-def accuracy(given: Iterable[Answer]) -> float:
-    """The share that is right, from 0 to 1; NaN of nothing."""
-    right = [answer.right for answer in given]
-    return sum(right) / len(right) if right else float("nan")

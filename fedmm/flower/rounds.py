@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedmm import seeds, tree
@@ -131,31 +132,35 @@ class _Arm:
             if client in scored or client not in safe
         ]
         self.host.open_round(round, current, [client for client in chosen if client not in safe])
-        lost = self._exchange(orders, f"round {round}")
-        arrived = self.folder.arrived(round)
+        failed = self._exchange(orders, f"round {round}")
+        arrived = self.folder.arrived(round)  # once: what the round is made of is what is safe now
+        silent = "reported, but sent no update"
+        lost = {client: failed.get(client, silent) for client in chosen if client not in arrived}
         if not arrived:
             raise FedmmError(f"round {round}: no client returned an update; " + "; ".join(map(_reason, lost.items())))
-        updates = list(self._metrics_only(round))
-        current, memory = rule(current, self.folder.updates(round), memory)
+        current, memory = rule(current, self.folder.updates(round, arrived), memory)
         if bad := tree.mismatch(current, current):
             raise FedmmError(f"round {round}: the merged state {bad}; lower optimizer.lr or choose a robust rule")
         self.took_part |= dict.fromkeys(arrived, round)
+        told = {client: self.folder.about(round, client) for client in arrived}
+        updates = [(client, about["num_examples"], about["metrics"].get("loss")) for client, about in told.items()]
         self.folder.append(
             "rounds.jsonl",
             round=round,
             clients=arrived,
-            lost={str(client): reason for client, reason in lost.items() if client not in arrived},
+            lost={str(client): reason for client, reason in lost.items()},
             examples={str(client): count for client, count, _ in updates},
             loss={str(client): loss for client, _, loss in updates},
             state=tree.digest(current),
         )
         self.folder.save_checkpoint(round, current, memory)
-        losses = [loss for _, _, loss in updates]
+        losses = [loss for _, _, loss in updates if loss is not None]
         self.folder.event(
             "round",
             round=round,
-            loss=sum(losses) / len(losses),
-            lost={str(c): r for c, r in lost.items()},
+            loss=sum(losses) / len(losses) if losses else None,
+            lost={str(client): reason for client, reason in lost.items()},
+            failed={str(client): reason for client, reason in failed.items()},
             seconds=time.perf_counter() - began,
         )
         return current, memory
@@ -186,21 +191,24 @@ class _Arm:
         )
 
     def _exchange(self, orders: list[Order], what: str) -> dict[int, str]:
-        """Send orders, take reports until all are in or time is up; returns why clients were lost."""
+        """Send orders, take reports until all are in or time is up; returns why clients failed or were refused."""
         sent = [messages.send_order(order, self.nodes[order.client]) for order in orders]
         control = {order.client: [messages.size_bytes(m), 0] for order, m in zip(orders, sent, strict=True)}
-        pending = dict(zip(self.grid.push_messages(sent), orders, strict=True))
         lost: dict[int, str] = {}
+        pending: dict[str, Order] = {}
+        for id, order in zip(self.grid.push_messages(sent), orders, strict=True):
+            if id:
+                pending[id] = order
+            else:
+                lost[order.client] = "Flower could not deliver the order; is its SuperNode connected?"
         deadline = time.monotonic() + self.cfg.run.round_seconds
         while pending:
             for reply in self.grid.pull_messages(list(pending)):
                 order = pending.pop(reply.metadata.reply_to_message_id)
                 control[order.client][1] = messages.size_bytes(reply)
-                if reply.has_error():
-                    lost[order.client] = reply.error.reason or f"error {reply.error.code}"
-                    log.warning("%s: client %d is lost: %s", what, order.client, lost[order.client])
-                else:
-                    self._record(order, messages.read_report(reply))
+                if reason := self._take(order, reply):
+                    lost[order.client] = reason
+                    log.warning("%s: client %d is lost: %s", what, order.client, reason)
             if pending and time.monotonic() > deadline:
                 late = f"did not report within run.round_seconds={self.cfg.run.round_seconds:g}"
                 lost |= {order.client: late for order in pending.values()}
@@ -209,7 +217,20 @@ class _Arm:
                 time.sleep(POLL_SECONDS)
         refused, traffic = self.host.close_round()
         self._account(orders[0].round if orders else 0, traffic, control)
-        return {client: refused.get(client, reason) for client, reason in lost.items()}
+        return lost | refused
+
+    def _take(self, order: Order, reply: Message) -> str | None:
+        """Record a reply, or say why it is none."""
+        if reply.has_error():
+            return reply.error.reason or f"error {reply.error.code}"
+        try:
+            report = messages.read_report(reply)
+        except (KeyError, TypeError, ValueError) as error:
+            return f"its report cannot be read: {type(error).__name__}: {error}"
+        if bad := report.fault(order, self.cfg):
+            return f"its report {bad}"
+        self._record(order, report)
+        return None
 
     def _record(self, order: Order, report: Report) -> None:
         state_round = order.round - 1  # a score belongs to the state that was received
@@ -219,7 +240,8 @@ class _Arm:
         for part, answer in report.answers:
             row = {"round": state_round, "client": order.client, "part": part}
             self.folder.append("predictions.jsonl", **row, id=answer.id, said=answer.said, truth=answer.truth)
-        self.folder.append("ledger.jsonl", kind="client", round=order.round, client=order.client, **report.metrics)
+        about = {"kind": "client", "round": order.round, "client": order.client}
+        self.folder.append("ledger.jsonl", **report.metrics | about)
         own = [score for part, score in report.scores.items() if part == order.client or self.cfg.pooled]
         if own:
             right, count = (sum(values) for values in zip(*own, strict=True))
@@ -237,10 +259,6 @@ class _Arm:
             )  # fmt: skip
         up, down = sum(row[2] for row in rows), sum(row[3] for row in rows)
         self.folder.event("bytes", round=round, up_bytes=up, down_bytes=down)
-
-    def _metrics_only(self, round: int) -> Iterator[tuple[int, int, float]]:
-        for update in self.folder.updates(round):
-            yield update.client, update.num_examples, float(update.metrics.get("loss", float("nan")))
 
 
 CHANNEL = {

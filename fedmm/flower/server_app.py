@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from fedmm.flower.rounds import find_clients, run_arm
 from fedmm.runs import config, report
 from fedmm.runs.client import partition, splits
-from fedmm.runs.folder import RunFolder
+from fedmm.runs.folder import RunFolder, check_folder
 
 app = ServerApp()
 
@@ -39,8 +40,8 @@ def plan(overrides: list[str]) -> list[Arm]:
     Raises ConfigError, or ValueError where the data cannot be divided as asked.
     """
     cfg = config.load(overrides)
-    path = Path(cfg.run.dir).absolute()
-    overrides = [*(o for o in overrides if not o.startswith("run.dir=")), f"run.dir={path}"]
+    path = Path(cfg.run.dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S")).absolute()
+    overrides = [*(o for o in overrides if not o.startswith("run.dir=")), config.quoted("run.dir", path)]
     arms = [
         Arm(name, path if name == "main" else path / "arms" / name, asked, config.load(asked))
         for name, asked in config.arms(cfg, overrides)
@@ -49,18 +50,19 @@ def plan(overrides: list[str]) -> list[Arm]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise config.ConfigError(f"two arms are called {twice[0]}; set label=... or take one out of compare")
     for arm in arms:
+        check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
         _check_partition(arm.cfg)
     return arms
 
 
 def run(grid: Grid, arms: list[Arm]) -> Path:
-    """Run the arms in turn and write the report. Returns the run's folder."""
+    """Run the arms in turn and write the report. Returns the run's folder, which is there once the LLM is loaded."""
+    backbone = config.make(arms[0].cfg.llm)
     folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
     top = folders[0]
     try:
         top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
         nodes = find_clients(grid, arms[0].cfg.clients, arms[0].cfg.run.wait_seconds)
-        backbone = config.make(arms[0].cfg.llm)
         for arm, folder in zip(arms, folders, strict=True):
             run_arm(grid, nodes, arm.cfg, arm.overrides, backbone, folder)
         report.write(top.path)
@@ -73,8 +75,8 @@ def run(grid: Grid, arms: list[Arm]) -> Path:
 
 def _check_partition(cfg: config.Config) -> None:
     """Divide every split once, so that an impossible partition is refused before anything starts."""
-    if not cfg.run.examples:
-        return  # the server does not hold the clients' data
+    if not cfg.run.has_data:
+        return
     for split, examples in splits(cfg).items():
         if split in ("train", cfg.evaluate.split) and examples:
             partition(cfg, split)

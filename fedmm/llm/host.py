@@ -30,6 +30,7 @@ from fedmm.losses import answer_cross_entropy
 from fedmm.types import IGNORE, Embeds, FedmmError, State, TokenTerm, Update
 
 log = logging.getLogger("fedmm.host")
+ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
 
 @dataclass(eq=False)
@@ -74,22 +75,21 @@ class Host:
         frame_limit_bytes: int = 1 << 30,
         deadline_seconds: float = 60.0,
     ) -> None:
-        self._llm, self._card, self._edge, self._on_update = llm, dict(card), edge, on_update
-        self._pending_limit, self._frame_limit_bytes, self._deadline_seconds = (
-            pending,
-            frame_limit_bytes,
-            deadline_seconds,
-        )
+        self._llm, self._card, self._on_update = llm, dict(card), on_update
+        self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
+        self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
+        self._wait_seconds = deadline_seconds / 2  # for a slot: whoever waits must hear of it before giving up
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
+        self._updating = threading.Lock()  # held from an update's check until it is safe; a round closes after it
         self._slots = threading.BoundedSemaphore(workers)
-        self._round = 0
+        self._round = 0  # 0 while no round is open
         self._current: State = {}
         self._awaited: set[int] = set()
         self._refused: dict[int, str] = {}
-        self._visits: set[_Visit] = set()
-        self._traffic: dict[tuple[int, int, str], Traffic] = defaultdict(Traffic)
-        self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame]] = {
+        self._visits: dict[int, _Visit] = {}  # by client
+        self._traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
+        self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | list[bytes]]] = {
             "card": self._send_card,
             "edge": self._send_edge,
             "state": self._send_state,
@@ -116,7 +116,7 @@ class Host:
     # ---- for the server's round loop -------------------------------------------------------------------------------
 
     def open_round(self, round: int, current: State, clients: list[int]) -> None:
-        """Serve `current` to `clients` as the state of `round`, and take one update from each."""
+        """Serve `current` as the state of `round` to whoever has its token; take one update from each of `clients`."""
         with self._lock:
             self._round, self._current = round, tree.clone(current)
             self._awaited, self._refused = set(clients), {}
@@ -126,20 +126,17 @@ class Host:
         return hmac.new(self._secret, f"{round}/{client}".encode(), hashlib.sha256).hexdigest()
 
     def close_round(self) -> tuple[dict[int, str], dict[tuple[int, str], Traffic]]:
-        """End the round: no update is taken any more, its sessions are cut.
+        """End the round: no update is taken any more, every session is cut.
 
-        Returns the reasons of refused updates by client, and the traffic since the last round by (client, verb).
+        Returns the reasons of refused updates by client, and the round's traffic by (client, verb).
         """
-        with self._lock:
-            self._awaited = set()
-            visits = [visit for visit in self._visits if visit.round == self._round]
+        with self._updating, self._lock:
+            self._round, self._awaited = 0, set()
+            visits = list(self._visits.values())
             refused, traffic, self._traffic = self._refused, self._traffic, defaultdict(Traffic)
         for visit in visits:
             visit.context.cancel()
-        merged: dict[tuple[int, str], Traffic] = {}
-        for (_, client, verb), row in traffic.items():
-            merged[client, verb] = row
-        return refused, merged
+        return refused, dict(traffic)
 
     def close(self) -> None:
         """Stop serving; safe to repeat."""
@@ -155,12 +152,13 @@ class Host:
 
     def _session(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         visit = self._admit(context)
-        with self._lock:
-            self._visits.add(visit)
         try:
             while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
-                traffic = self._traffic[visit.round, visit.client, frame.verb]
-                reply = wire.encode(self._answer(visit, frame, traffic))
+                with self._lock:
+                    known = frame.verb if frame.verb in self._verbs else "refused"
+                    traffic = self._traffic[visit.client, known]
+                answer = self._answer(visit, frame, traffic)
+                reply = answer if isinstance(answer, list) else wire.encode(answer)
                 traffic.frames += 1
                 traffic.up_bytes += frame.wire_bytes
                 traffic.down_bytes += sum(map(len, reply))
@@ -170,65 +168,77 @@ class Host:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
         finally:
             with self._lock:
-                self._visits.discard(visit)
+                if self._visits.get(visit.client) is visit:
+                    del self._visits[visit.client]
 
     def _admit(self, context: grpc.ServicerContext) -> _Visit:
+        """Let a client in by its token. It has one session: a new one ends an old one, which a crash may have left."""
         sent = dict(context.invocation_metadata())
-        client, round = sent.get("fedmm-client", ""), sent.get("fedmm-round", "")
-        wanted = self.token(int(round), int(client)) if client.isdecimal() and round.isdecimal() else ""
+        client, round = str(sent.get("fedmm-client", "")), str(sent.get("fedmm-round", ""))
+        numbers = all(text.isdecimal() and len(text) < 10 for text in (client, round))
+        wanted = self.token(int(round), int(client)) if numbers else ""
         if not wanted or not hmac.compare_digest(wanted.encode(), str(sent.get("fedmm-token", "")).encode()):
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
-                f"the token is not the one of client {client!r} in round {round!r} of this run; "
+                f"the token is not the one of client {client[:9]!r} in round {round[:9]!r} of this run; "
                 "it comes with the server's Flower message and ends with the run",
             )
-        if int(round) != self._round:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, f"round {round} is over, the run is in round {self._round}")
-        return _Visit(int(client), int(round), context)
+        visit = _Visit(int(client), int(round), context)
+        with self._lock:
+            now, before = self._round, self._visits.get(visit.client)
+            if visit.round == now:
+                self._visits[visit.client] = visit
+        if visit.round != now:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, self._over(visit))
+        if before is not None:
+            before.context.cancel()
+        return visit
 
-    def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+    def _over(self, visit: _Visit) -> str:
+        now = f"in round {self._round}" if self._round else "between rounds"
+        return f"round {visit.round} is over, the run is {now}"
+
+    def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame | list[bytes]:
         try:
+            if visit.round != self._round:
+                raise ValueError(self._over(visit))
             verb = self._verbs.get(frame.verb)
             if verb is None:
-                raise ValueError(f"unknown verb {frame.verb!r}; this host knows {', '.join(self._verbs)}")
+                raise ValueError(f"unknown verb {frame.verb[:32]!r}; this host knows {', '.join(self._verbs)}")
             return verb(visit, frame, traffic)
         except ValueError as error:
-            log.warning("refused %s of client %d: %s", frame.verb, visit.client, error)
-            return wire.Frame("error", {"message": f"{frame.verb}: {error}"})
+            log.warning("refused %.32s of client %d: %s", frame.verb, visit.client, error)
+            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}"[:4096]})
         except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
-            log.exception("%s of client %d failed", frame.verb, visit.client)
-            return wire.Frame("error", {"message": f"{frame.verb} failed at the host: {type(error).__name__}: {error}"})
+            log.exception("%.32s of client %d failed", frame.verb, visit.client)
+            reason = f"{frame.verb} failed at the host: {type(error).__name__}: {error}"
+            return wire.Frame("error", {"message": reason[:4096]})
 
     # ---- verbs: once a run, once a round ---------------------------------------------------------------------------
 
     def _send_card(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         return wire.Frame("card", self._card)
 
-    def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        return wire.Frame("edge", {}, self._edge)
+    def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> list[bytes]:
+        return self._edge
 
     def _send_state(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         with self._lock:
-            if visit.round != self._round:
-                raise ValueError(f"round {visit.round} is over, the run is in round {self._round}")
             return wire.Frame("state", {}, self._current)
 
     def _take_update(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        with self._lock:
+        with self._updating:
             if visit.round != self._round or visit.client not in self._awaited:
                 raise ValueError(f"no update of client {visit.client} is awaited in round {visit.round}")
-            current = self._current
-        try:
-            update = _read_update(visit.client, frame, current)
-        except ValueError as error:
-            with self._lock:
+            try:
+                update = _read_update(visit.client, frame, self._current)
+            except ValueError as error:
                 self._refused[visit.client] = str(error)
-            raise
-        traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
-        self._on_update(visit.round, update)
-        with self._lock:
+                raise
+            self._on_update(visit.round, update)
             self._awaited.discard(visit.client)
             self._refused.pop(visit.client, None)
+        traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
         return wire.Frame("update")
 
     # ---- verbs: every step -----------------------------------------------------------------------------------------
@@ -291,12 +301,16 @@ class Host:
         """Embeddings, mask, answer positions and labels of a step, each checked; what was not asked for is empty."""
         embeds_BTD = _tensor(frame, "embeds", (None, None, self._llm.width), floating=True)
         B, T = embeds_BTD.shape[:2]
+        if self._llm.positions < T:
+            raise ValueError(f"{T} positions, the LLM has {self._llm.positions}; shorten the questions")
         mask_BT = _tensor(frame, "mask", (B, T), dtype=torch.bool)
         if not (B and T) or not mask_BT.any(1).all():
             raise ValueError(f"every row needs at least one position, got embeds {tuple(embeds_BTD.shape)}")
         keep_BA = labels_BA = torch.empty(0, dtype=torch.int64)
         if keep:
             keep_BA = _tensor(frame, "keep", (B, None), dtype=torch.int64)
+            if not 1 <= keep_BA.shape[1] <= T:
+                raise ValueError(f"'keep' names {keep_BA.shape[1]} positions a row, wanted 1 to {T}")
             _within(keep_BA, "keep", 0, T)
         if labels:
             labels_BA = _tensor(frame, "labels", tuple(keep_BA.shape), dtype=torch.int64)
@@ -306,18 +320,21 @@ class Host:
         return embeds_BTD, mask_BT, keep_BA, labels_BA
 
     def _computing(self, traffic: Traffic) -> _Computing:
-        return _Computing(self._slots, traffic, self._deadline_seconds)
+        return _Computing(self._slots, traffic, self._wait_seconds)
 
 
 class _Computing:
-    """One of the host's few slots for the LLM: waits for it within the deadline, and meters the seconds in it."""
+    """One of the host's few slots for the LLM: waits a while for it, and meters the seconds in it."""
 
-    def __init__(self, slots: threading.BoundedSemaphore, traffic: Traffic, deadline_seconds: float) -> None:
-        self._slots, self._traffic, self._deadline_seconds = slots, traffic, deadline_seconds
+    def __init__(self, slots: threading.BoundedSemaphore, traffic: Traffic, wait_seconds: float) -> None:
+        self._slots, self._traffic, self._wait_seconds = slots, traffic, wait_seconds
 
     def __enter__(self) -> None:
-        if not self._slots.acquire(timeout=self._deadline_seconds):
-            raise FedmmError(f"the LLM was busy for {self._deadline_seconds:g} s; lower the clients that run at once")
+        if not self._slots.acquire(timeout=self._wait_seconds):
+            raise FedmmError(
+                f"the LLM was busy for {self._wait_seconds:g} s; lower the clients that run at once, or raise "
+                "link.workers or link.deadline_seconds"
+            )
         self._began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
@@ -334,19 +351,24 @@ def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
             raise ValueError(f"unknown tensor {name!r}; an update holds delta/... and fisher/...")
         parts[part][key] = tensor
     count = _integer(frame, "num_examples")
-    if count < 1:
-        raise ValueError(f"num_examples must be at least 1, got {count}")
-    if reason := tree.mismatch(parts["delta"], current):
-        raise ValueError(f"the delta {reason}")
+    if not 1 <= count < 1 << 31:
+        raise ValueError(f"num_examples must be at least 1 and below 2^31, got {str(count)[:12]}")
     has_fisher = bool(frame.meta.get("fisher"))
-    if has_fisher and (reason := tree.mismatch(parts["fisher"], current)):
-        raise ValueError(f"the Fisher {reason}")
+    for what, state in (("delta", parts["delta"]), *((("Fisher", parts["fisher"]),) if has_fisher else ())):
+        if reason := tree.mismatch(state, current):
+            raise ValueError(f"the {what} {reason}")
+        if any((tensor.abs() > ENTRY_LIMIT).any() for tensor in state.values()):
+            raise ValueError(f"the {what} has an entry above {ENTRY_LIMIT:g}, which no training makes")
     if any((tensor < 0).any() for tensor in parts["fisher"].values()):
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
     metrics = frame.meta.get("metrics", {})
-    if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
-        raise ValueError(f"metrics must be numbers by name, got {metrics!r}")
+    if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(_is_number, metrics.values())):
+        raise ValueError(f"metrics must be finite numbers by name, got {str(metrics)[:200]}")
     return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53  # false for NaN
 
 
 def _integer(frame: wire.Frame, key: str) -> int:

@@ -1,4 +1,4 @@
-"""The frozen LLM in this process. The host serves it; tests and `llm.where` compare against it.
+"""The frozen LLM in this process. The host serves it; tests compare the link against it.
 
 Everything is frozen and in eval mode; only the gradient by the input embeddings is ever formed. The head runs at the
 answer positions alone.
@@ -30,6 +30,7 @@ class LocalLLM:
         self.dtype = self.head.weight.dtype
         self.device = self.head.weight.device
         self.width: int = self.decoder.config.hidden_size
+        self.positions: int = self.decoder.config.max_position_embeddings
         self.vocabulary: int = self.head.weight.shape[0]
         eos = model.generation_config.eos_token_id or self.decoder.config.eos_token_id
         self.stop_tokens: list[int] = eos if isinstance(eos, list) else [eos]

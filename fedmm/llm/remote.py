@@ -52,6 +52,7 @@ class Session:
         self.received_bytes: dict[str, int] = defaultdict(int)
         self.wait_seconds = 0.0
         self._address = address
+        self._broken: Exception | None = None  # a session that failed once stays failed
         self._deadline_seconds = deadline_seconds
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[wire.Frame | Exception] = queue.SimpleQueue()
@@ -64,6 +65,8 @@ class Session:
 
     def call(self, verb: str, tensors: Mapping[str, Tensor] | None = None, **meta: Any) -> wire.Frame:
         """Send one frame, wait for the reply. Raises HostRefused or HostGone."""
+        if self._broken is not None:
+            raise self._broken
         began = time.perf_counter()
         for chunk in wire.encode(wire.Frame(verb, meta, tensors or {})):
             self.sent_bytes[verb] += len(chunk)
@@ -71,17 +74,19 @@ class Session:
         try:
             reply = self._inbox.get(timeout=self._deadline_seconds)
         except queue.Empty:
-            raise HostGone(
+            reply = HostGone(
                 f"the host at {self._address} did not answer {verb!r} within {self._deadline_seconds:g} s; "
                 "see the server's log, or raise link.deadline_seconds"
-            ) from None
+            )  # whatever comes after it would be taken for the answer to another call
         if isinstance(reply, Exception):
-            self._inbox.put(reply)  # a broken stream stays broken for whoever asks next
+            self._broken = reply
             raise reply
         self.received_bytes[verb] += reply.wire_bytes
         self.wait_seconds += time.perf_counter() - began
         if reply.verb == "error":
             raise HostRefused(str(reply.meta["message"]))
+        if reply.verb != verb:
+            raise HostGone(f"the host at {self._address} answered {reply.verb!r} to {verb!r}")
         return reply
 
     def close(self) -> None:

@@ -81,21 +81,22 @@ def decode(chunks: Iterator[bytes], limit_bytes: int) -> Frame | None:
             f"body of {body_bytes} bytes, at most {limit_bytes}; raise link.frame_limit_mb or lower batch_size"
         )
     total = _PREFIX.size + header_bytes + body_bytes
-    payload = bytearray(first)
-    while len(payload) < total:
+    parts, size = [first], len(first)
+    while size < total:
         chunk = next(chunks, None)
-        if chunk is None or not chunk:
-            raise WireError(f"the frame claims {total} bytes and ended after {len(payload)}")
-        payload += chunk
-    if len(payload) != total:
-        raise WireError(f"the frame claims {total} bytes and holds {len(payload)}")
-    view = memoryview(payload)
-    header = _header(bytes(view[_PREFIX.size : _PREFIX.size + header_bytes]))
-    body = bytes(view[_PREFIX.size + header_bytes :])
+        if not chunk:
+            raise WireError(f"the frame claims {total} bytes and ended after {size}")
+        parts.append(chunk)
+        size += len(chunk)
+    if size != total:
+        raise WireError(f"the frame claims {total} bytes and holds {size}")
+    payload = b"".join(parts)
+    start = _PREFIX.size + header_bytes
+    header = _header(payload[_PREFIX.size : start])
     try:
-        tensors = safetensors.torch.load(body) if body else {}
-    except SafetensorError as error:
-        raise WireError(f"{header['verb']}: the body is no safetensors: {error}") from error
+        tensors = safetensors.torch.load(payload[start:]) if body_bytes else {}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise WireError(f"{header['verb'][:32]}: the body is no safetensors: {error}") from error
     return Frame(header.pop("verb"), header, tensors, total)
 
 
@@ -107,7 +108,7 @@ def credentials(client: int, round: int, token: str) -> tuple[tuple[str, str], .
 def _header(raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"the header is no JSON: {error}") from error
     if not isinstance(header, dict) or not isinstance(header.get("verb"), str):
         raise WireError("the header is no JSON object with a verb")

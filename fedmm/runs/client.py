@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import resource
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +60,28 @@ class Report:
     answers: list[tuple[int, Answer]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def fault(self, order: Order, cfg: Config) -> str | None:
+        """Why this is no report of `order`, or None if it is one."""
+        if (self.client, self.round) != (order.client, order.round):
+            return f"is of client {self.client} in round {self.round}"
+        for part, (right, count) in self.scores.items():
+            if part not in scored_parts(cfg, order) or not 0 <= right <= count:
+                return f"scores part {part} with {right} of {count}"
+        if any(not math.isfinite(value) for value in self.metrics.values()):
+            return "has a metric that is not finite"
+        return None
+
+
+def held_parts(cfg: Config, client: int) -> list[int]:
+    """The parts of the data that a client trains on."""
+    return list(range(cfg.clients)) if cfg.pooled else [client]
+
+
+def scored_parts(cfg: Config, order: Order) -> list[int]:
+    """The parts a client is scored on: its own; at the end, where asked, everybody's, which is many times the work."""
+    everywhere = cfg.evaluate.everywhere and order.round > cfg.rounds
+    return list(range(cfg.clients)) if everywhere else held_parts(cfg, order.client)
+
 
 def splits(cfg: Config) -> dict[str, Sequence[Example]]:
     """The examples this machine can see, by split."""
@@ -107,14 +131,13 @@ def take_part(order: Order) -> Report:
         anchor = dict(session.call("state").tensors)
         _load_sets(cfg, edge, order, anchor)
         site = _Site(cfg, edge, processor, card)
-        own = list(range(cfg.clients)) if cfg.pooled else [order.client]
+        own = held_parts(cfg, order.client)
         ready = time.perf_counter()
 
         scores: dict[int, tuple[int, int]] = {}
         said: list[tuple[int, Answer]] = []
         if order.score:
-            everywhere = cfg.evaluate.everywhere and order.round > cfg.rounds  # at the end: it is many times the work
-            for part in range(cfg.clients) if everywhere else own:
+            for part in scored_parts(cfg, order):
                 given = site.answers(model, part)
                 scores[part] = (sum(answer.right for answer in given), len(given))
                 if order.answers and part in own:
@@ -174,7 +197,7 @@ def _train(
     sure = fisher(model, items, trained.last) if fisher else None
     fisher_seconds = time.perf_counter() - began
     if "local" in cfg.method.sets:
-        home.save_kept(order.run, order.client, order.round, model.edge.state("local"))
+        home.save_kept(order.run, order.client, order.round, model.edge.state("local"), needed=order.kept_round)
     delta = tree.subtract(model.edge.state("shared"), anchor) if "shared" in cfg.method.sets else {}
     metrics = {"loss": trained.mean_loss, "first_loss": trained.first_loss, "examples": float(len(items))}
     _send(session, Update(order.client, delta, len(items), sure, metrics))
@@ -209,15 +232,18 @@ class _Site:
 
     def items(self, split: str, part: int) -> list[Prepared]:
         """One part of a split; with a frozen encoder as features, which this process then remembers."""
-        key = (OmegaConf.to_yaml(self.cfg.dataset), OmegaConf.to_yaml(self.cfg.partition), self.cfg.seed,
-               self.cfg.clients, self.card["edge"], split, part)  # fmt: skip
         if self.edge.lora or not self.cfg.edge.keep_features:
             return self._prepare(split, part)
-        if key not in _remembered:
-            _remembered[key] = encode(self.edge, self._prepare(split, part))
-            while len(_remembered) > _REMEMBERED_PARTS:
-                _remembered.pop(next(iter(_remembered)), None)
-        return _remembered[key]
+        key = self._key(split, part)
+        with _remembering:
+            found = _remembered.get(key)
+        if found is None:
+            found = encode(self.edge, self._prepare(split, part))
+            with _remembering:
+                _remembered[key] = found
+                while len(_remembered) > _REMEMBERED_PARTS:
+                    del _remembered[next(iter(_remembered))]
+        return found
 
     def answers(self, model: Model, part: int) -> list[Answer]:
         evaluate = self.cfg.evaluate
@@ -230,6 +256,12 @@ class _Site:
             max_tokens=evaluate.max_tokens,
         )
 
+    def _key(self, split: str, part: int) -> tuple[Any, ...]:
+        """Everything that the features of a part depend on."""
+        cfg = self.cfg
+        data = (OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.seed, cfg.clients, split, part)
+        return (*data, self.card["edge"], self.card["prompt"], cfg.threads)
+
     def _prepare(self, split: str, part: int) -> list[Prepared]:
         indices = partition(self.cfg, split)[part]
         examples = splits(self.cfg)[split]
@@ -238,6 +270,7 @@ class _Site:
 
 _RSS_UNIT_BYTES = 1.0 if sys.platform == "darwin" else 1024.0
 _REMEMBERED_PARTS = 16  # a process may serve several clients in turn; correctness rests on none of this
+_remembering = threading.Lock()
 _remembered: dict[tuple[Any, ...], list[Prepared]] = {}
 
 

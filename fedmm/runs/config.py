@@ -25,7 +25,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
@@ -83,11 +83,12 @@ class EvaluateConfig:
 
 @dataclass
 class RunConfig:
-    dir: str = "runs/${now:%Y-%m-%d_%H-%M-%S}"  # absolute for flwr run, whose server has a working directory of its own
+    dir: str | None = None  # null: runs/<now>. Absolute for flwr run, whose server has a working directory of its own
     round_seconds: float = 3600.0  # a client that is not back by then is left out of the round
     wait_seconds: float = 120.0  # for all clients to be there at the start
     at_once: int | None = None  # clients at once in one process; null: one a core. Changes no bit
-    examples: int = 12  # test images in the report; 0: none
+    has_data: bool = True  # the server can build the dataset too, as with a benchmark; false where only sites hold it
+    examples: int = 12  # test images in the report, where the server has the data; 0: none
 
 
 @dataclass
@@ -169,10 +170,11 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             if "label" not in named and named & {"method", "rule"}:
                 cfg.label = f"{choices['method']}+{choices['rule']}"
             OmegaConf.resolve(cfg)
+            typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)  # what an interpolation gave has its type too
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
-    OmegaConf.set_readonly(cfg, True)
-    return cfg
+    OmegaConf.set_readonly(typed, True)
+    return typing.cast(DictConfig, typed)
 
 
 def _explain(error: Exception) -> str:
@@ -193,24 +195,21 @@ def _explain(error: Exception) -> str:
 
 def check(cfg: Config) -> Iterator[str]:
     """Every mistake in a composed configuration, one line each, with the knob to turn."""
-    for name, low in (("clients", 1), ("rounds", 0), ("epochs", 1), ("batch_size", 1), ("threads", 1)):
-        if getattr(cfg, name) < low:
-            yield f"{name} must be at least {low}, got {getattr(cfg, name)}"
+    for path, low in AT_LEAST.items():
+        if (value := OmegaConf.select(typing.cast(DictConfig, cfg), path)) < low:
+            yield f"{path} must be at least {low:g}, got {value:g}"
     if cfg.clients_per_round is not None and not 1 <= cfg.clients_per_round <= cfg.clients:
         yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
     if cfg.link.loss not in ("auto", "client"):
         yield f"link.loss must be auto or client, got {cfg.link.loss}"
+    if cfg.link.address is None and not cfg.link.bind.startswith(("127.", "localhost", "[::1]")):
+        yield f"link.bind={cfg.link.bind} needs link.address: the host and port that clients dial"
     if cfg.evaluate.split not in ("validation", "test"):
         yield f"evaluate.split must be validation or test, got {cfg.evaluate.split}"
-    for name in ("deadline_seconds", "frame_limit_mb", "sessions", "pending", "workers"):
-        if getattr(cfg.link, name) <= 0:
-            yield f"link.{name} must be above 0, got {getattr(cfg.link, name)}"
     if unknown := set(cfg.method.sets) - {"shared", "local", "frozen"}:
         yield f"method.sets knows shared, local and frozen, got {sorted(unknown)}"
-    if missing := set(cfg.method.use) - set(cfg.method.sets):
-        yield f"method.use names {sorted(missing)}, which method.sets={list(cfg.method.sets)} lacks"
-    if cfg.edge.rank < 1:
-        yield f"edge.rank must be at least 1, got {cfg.edge.rank}"
+    if not cfg.method.use or set(cfg.method.use) - set(cfg.method.sets):
+        yield f"method.use={list(cfg.method.use)} must name one or more of method.sets={list(cfg.method.sets)}"
     if str(getattr(cfg.rule, "_target_", "")).endswith(".fisher") and cfg.method.fisher is None:
         yield "rule=fisher needs a method that makes a Fisher; set method=fednano or method=fednano_ef, or rule=mean"
     for arm in cfg.compare:
@@ -220,12 +219,23 @@ def check(cfg: Config) -> Iterator[str]:
         yield from _check_target(path, node)
 
 
+AT_LEAST = {
+    "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 1, "edge.lora.rank": 0,
+    "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
+    "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "run.round_seconds": 1,
+    "run.wait_seconds": 1, "run.examples": 0,
+}  # fmt: skip
+
+
 def targets(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
     """Every node that names a target, with its path."""
     yield from _walk("", typing.cast(DictConfig, cfg))
 
 
 def _walk(path: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, ListConfig) and not node._is_none():
+        for i, inner in enumerate(node):
+            yield from _walk(f"{path}[{i}]", inner)
     if not isinstance(node, DictConfig) or node._is_none():
         return
     if "_target_" in node:
@@ -242,9 +252,14 @@ def _check_target(path: str, node: DictConfig) -> Iterator[str]:
         return
     parameters = inspect.signature(function).parameters
     known = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    try:
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except NameError:  # names for the type checker only: values are then not held against types
+        hints = {}
     given = OmegaConf.to_container(node, resolve=True)
     assert isinstance(given, dict)
+    if "_args_" in given:
+        yield f"{path}._args_: name the arguments of {node['_target_']}"
     for name, value in given.items():
         if str(name).startswith("_"):
             continue
@@ -270,23 +285,30 @@ def _plain(hint: Any) -> str:
 
 
 def _locate(target: str) -> Callable[..., Any]:
-    allowed = (*ALLOWED_TARGETS, *filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(",")))
+    """The function or class that a target names: one that is at home in an allowed package, or a site's own."""
+    own = tuple(filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(",")))
+    allowed = (*ALLOWED_TARGETS, *own)
     if not target.startswith(allowed):
-        raise ConfigError(
-            f"_target_={target} is outside {', '.join(allowed)}; a site adds its own in FEDMM_ALLOW_TARGETS"
-        )
+        raise ConfigError(f"_target_={target} is outside {', '.join(allowed)}; FEDMM_ALLOW_TARGETS adds to them")
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"_target_={target} does not exist: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"_target_={target} is a {type(found).__name__}, wanted a function")
+    if not (own and target.startswith(own)) and not str(found.__module__).startswith(ALLOWED_TARGETS):
+        raise ConfigError(f"_target_={target} is only imported there, from {found.__module__}, which is outside")
+    return typing.cast(Callable[..., Any], found)
 
 
 def make(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
     if node is None:
         return None
-    for _, inner in _walk("", node):
+    for path, inner in _walk("", node):
+        if "_args_" in inner:
+            raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
         _locate(str(inner["_target_"]))
     try:
         return instantiate(node, *args, _convert_="all", **kwargs)
@@ -297,10 +319,33 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
     """The arms of a run by name, each with its overrides: the main one first, then those of `compare`.
 
-    A compared arm keeps everything that was asked for but the method, the rule and the label, which are its own.
+    A compared arm keeps everything that was asked for but the method, the rule and the label, which are its own, and
+    whatever its own file sets.
     """
     overrides = list(overrides)
-    common = [
-        o for o in overrides if o.split("=", 1)[0].split(".")[0] not in {"arm", "method", "rule", "label", "compare"}
-    ]
-    return [("main", overrides), *((arm, [*common, f"arm={arm}"]) for arm in cfg.compare)]
+    return [("main", overrides), *((arm, [*_common(arm, overrides), f"arm={arm}"]) for arm in cfg.compare)]
+
+
+def _common(arm: str, overrides: list[str]) -> list[str]:
+    own = {"arm", "method", "rule", "label", "compare", *_leaves("", OmegaConf.load(folder() / "arm" / f"{arm}.yaml"))}
+    kept = []
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key not in own and key.split(".")[0] not in own:
+            kept.append(override)
+    return kept
+
+
+def _leaves(path: str, node: Any) -> Iterator[str]:
+    """The paths of the values that a yaml sets; its defaults list is none."""
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            yield from _leaves(f"{path}{key}.", value)
+        elif key != "defaults":
+            yield f"{path}{key}"
+
+
+def quoted(key: str, value: object) -> str:
+    """An override whose value Hydra takes as it stands, whatever characters it holds."""
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{text}"'

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,8 @@ class RunFolder:
         self.path = path
         self._lock = threading.Lock()
         asked = "".join(f"{override}\n" for override in overrides)
+        check_folder(path, config_yaml)
         if (path / "config.yaml").exists():
-            if _without_run(path / "config.yaml") != _lines_without_run(config_yaml):
-                raise ValueError(
-                    f"{path} holds a run with another configuration; set run.dir to another folder, or remove it"
-                )
             self._rewrite("events.jsonl", lambda row: True)
         else:
             path.mkdir(parents=True, exist_ok=True)
@@ -57,11 +55,11 @@ class RunFolder:
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
-    def append(self, file: str, **row: Any) -> None:
+    def append(self, file: str, /, **row: Any) -> None:
         with self._lock, (self.path / file).open("a") as out:
             out.write(json.dumps(row) + "\n")
 
-    def event(self, kind: str, **what: Any) -> None:
+    def event(self, kind: str, /, **what: Any) -> None:
         """Something a watcher wants to know now."""
         self.append("events.jsonl", time=time.time(), event=kind, **what)
 
@@ -78,8 +76,7 @@ class RunFolder:
         """Make the round last, then forget its journal."""
         tensors = {f"state/{name}": t for name, t in state.items()} | {f"memory/{n}": t for n, t in memory.items()}
         home.save(tensors, self._checkpoint(round), {"round": str(round)})
-        for path in self._journal(round).glob("*"):
-            path.unlink()
+        shutil.rmtree(self._journal(round), ignore_errors=True)
 
     def resume(self) -> tuple[int, State, State] | None:
         """The last whole round with its state and memory, rows beyond it dropped; None at the very start."""
@@ -111,8 +108,7 @@ class RunFolder:
             "fisher": update.fisher is not None,
             "metrics": dict(update.metrics),
         }
-        path = self._journal(round) / f"client_{update.client:04d}.safetensors"
-        home.save(tensors, path, {"about": json.dumps(about)})
+        home.save(tensors, self._update(round, update.client), {"about": json.dumps(about)})
 
     def arrived(self, round: int) -> list[int]:
         """The clients whose updates of this round are safe, in client order."""
@@ -120,20 +116,33 @@ class RunFolder:
             int(path.stem.removeprefix("client_")) for path in self._journal(round).glob("client_*.safetensors")
         )
 
-    def updates(self, round: int) -> Iterator[Update]:
-        """The round's updates in client order, one in memory at a time."""
-        for client in self.arrived(round):
-            with safetensors.safe_open(self._journal(round) / f"client_{client:04d}.safetensors", "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                parts: dict[str, State] = {"delta": {}, "fisher": {}}
-                for name in file.keys():  # noqa: SIM118
-                    part, _, key = name.partition("/")
-                    parts[part][key] = file.get_tensor(name)
+    def about(self, round: int, client: int) -> dict[str, Any]:
+        """What a journaled update says of itself (num_examples, metrics), without its tensors."""
+        with safetensors.safe_open(self._update(round, client), "pt") as file:
+            return dict(json.loads(file.metadata()["about"]))
+
+    def updates(self, round: int, clients: Iterable[int]) -> Iterator[Update]:
+        """These clients' updates of the round in the order given, one in memory at a time."""
+        for client in clients:
+            about = self.about(round, client)
+            parts: dict[str, State] = {"delta": {}, "fisher": {}}
+            for name, tensor in safetensors.torch.load_file(self._update(round, client)).items():
+                part, _, key = name.partition("/")
+                parts[part][key] = tensor
             fisher = parts["fisher"] if about["fisher"] else None
             yield Update(client, parts["delta"], about["num_examples"], fisher, about["metrics"])
 
+    def _update(self, round: int, client: int) -> Path:
+        return self._journal(round) / f"client_{client:04d}.safetensors"
+
     def _journal(self, round: int) -> Path:
         return self.path / "journal" / f"round_{round:04d}"
+
+
+def check_folder(path: Path, config_yaml: str) -> None:
+    """Raises ValueError where `path` holds another run than this configuration's."""
+    if (path / "config.yaml").exists() and _what(path.joinpath("config.yaml").read_text()) != _what(config_yaml):
+        raise ValueError(f"{path} holds a run with another configuration; set run.dir to another folder, or remove it")
 
 
 def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:
@@ -177,15 +186,11 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _without_run(path: Path) -> list[str]:
-    return _lines_without_run(path.read_text())
-
-
-def _lines_without_run(config_yaml: str) -> list[str]:
-    """The configuration less `run:`, which says where and how long, not what."""
+def _what(config_yaml: str) -> list[str]:
+    """The configuration less `run:` and `link:`, which say where and how long, not what: no bit depends on them."""
     lines, inside = [], False
     for line in config_yaml.splitlines():
-        inside = line.startswith("run:") or (inside and line.startswith(" "))
+        inside = line.startswith(("run:", "link:")) or (inside and line.startswith(" "))
         if not inside:
             lines.append(line)
     return lines

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedmm import tree
 from fedmm.types import State
-
-KEPT_ROUNDS = 2  # a server that resumes one round back must find the client's state there
 
 
 def home() -> Path:
@@ -47,7 +46,10 @@ def load_parts(digest: str) -> State | None:
     path = home() / "edge" / f"{_name(digest)}.safetensors"
     if not path.exists():
         return None
-    parts = safetensors.torch.load_file(path)
+    try:
+        parts = safetensors.torch.load_file(path)
+    except SafetensorError:
+        return None
     return parts if tree.digest(parts) == digest else None
 
 
@@ -60,12 +62,15 @@ def load_kept(run: str, client: int, round: int) -> State | None:
     return safetensors.torch.load_file(path) if (path := _kept(run, client, round)).exists() else None
 
 
-def save_kept(run: str, client: int, round: int, state: State) -> None:
-    """Keep the client's own state of `round`, and drop those that no resume can ask for any more."""
+def save_kept(run: str, client: int, round: int, state: State, needed: int) -> None:
+    """Keep the client's own state of `round`. Those before `needed`, the last that the server knows of, go.
+
+    `needed` itself stays: until the server has this round's update it will ask for that one again.
+    """
     save(state, _kept(run, client, round))
-    paths = sorted(_kept(run, client, round).parent.glob("round_*.safetensors"))
-    for path in paths[:-KEPT_ROUNDS]:
-        path.unlink(missing_ok=True)
+    for path in _kept(run, client, round).parent.glob("round_*.safetensors"):
+        if int(path.stem.removeprefix("round_")) < needed:
+            path.unlink(missing_ok=True)
 
 
 def _kept(run: str, client: int, round: int) -> Path:

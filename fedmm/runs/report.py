@@ -170,7 +170,7 @@ class Pair:
 
 def gallery(run: Path, cfg: Config) -> list[dict[str, Any]]:
     """The chosen examples by outcome, each with its count of all; empty where no answers or images may be shown."""
-    pairs = _pairs(read_rows(run / "predictions.jsonl"), cfg.rounds) if cfg.run.examples else []
+    pairs = _pairs(read_rows(run / "predictions.jsonl"), cfg.rounds) if cfg.run.examples and cfg.run.has_data else []
     if not pairs:
         return []
     examples = {example.id: example for example in splits(cfg)[cfg.evaluate.split]}

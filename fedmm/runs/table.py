@@ -20,18 +20,6 @@ from omegaconf import OmegaConf
 from fedmm.runs import home
 from fedmm.runs.folder import read_rows
 
-T_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # two-sided Student t, 1 to 9 degrees of freedom
-
 
 def scores(folder: Path) -> dict[int, dict[str, Any]]:
     """Accuracy by round of the scored state: `global` (None where it was not measured everywhere), `own` by client."""
@@ -69,7 +57,8 @@ def write_summary(folder: Path) -> dict[str, Any]:
             moved[row["channel"]][0] += row["up_bytes"]
             moved[row["channel"]][1] += row["down_bytes"]
     rounds = read_rows(folder / "rounds.jsonl")
-    scored, nothing = scores(folder), {"global": None, "own": {}}
+    scored = scores(folder)
+    nothing: dict[str, Any] = {"global": None, "own": {}}
     summary = {
         "label": cfg.label,
         "seed": cfg.seed,
@@ -130,8 +119,9 @@ def interval(values: Sequence[float | None]) -> float | None:
     """Half the width of the 95% interval of the mean by Student's t, or None of fewer than two values."""
     if len(values) < 2 or None in values:
         return None
-    degrees = len(values) - 1
-    t = T_95[degrees - 1] if degrees <= len(T_95) else 1.96
+    from scipy import stats  # half a second to import
+
+    t = float(stats.t.ppf(0.975, len(values) - 1))
     return t * statistics.stdev(v for v in values if v is not None) / math.sqrt(len(values))
 
 
