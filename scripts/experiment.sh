@@ -10,6 +10,6 @@ cd "$root"
 
 say "three seeds, $(nproc) at a time, logs in runs/embedded/; a run that was stopped goes on"
 mkdir -p runs/embedded
-printf '%s\n' 0 1 2 | xargs -P "$(nproc)" -I{} sh -c 'fedmm run "$@" >runs/embedded/seed_{}.log 2>&1 || exit 255' fedmm \
+printf '%s\n' 0 1 2 | xargs -P "$(nproc)" -I{} sh -c 'fedmm run run.at_once=1 "$@" >runs/embedded/seed_{}.log 2>&1 || exit 255' fedmm \
     seed={} run.dir=runs/embedded/seed_{} 'compare=[local,fedavg,fedprox,fednano_ef,fedavg_plateau,centralised]' "$@"
 fedmm compare runs/embedded/seed_*/

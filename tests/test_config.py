@@ -71,6 +71,8 @@ def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says)
         (["link.deadline_seconds=0"], "link.deadline_seconds must be at least 1"),
         (["edge.rank=0"], "edge.rank must be at least 1"),
         (["edge.lora.rank=-1"], "edge.lora.rank must be at least 0"),
+        (["schedule=linear"], "schedule must be constant or cosine"),
+        (["clip_norm=0"], "clip_norm must be above 0, or null"),
         (["evaluate.batch_size=0"], "evaluate.batch_size must be at least 1"),
         (["method.use=[]"], "method.use"),
         (["link.bind=0.0.0.0:9443"], "needs link.address"),

@@ -182,8 +182,16 @@ def test_open_questions_hold_no_client_word(made):
 def test_vocabulary_overrides_the_sites():
     own = scenes.scenes(train=30, validation=0, test=0, vocabulary="english")["train"]
     other = scenes.scenes(train=30, validation=0, test=0)["train"]
-    assert [scenes.translate(e.question, "finnish") for e in own] == [e.question for e in other]
+    assert [scenes.translate(e.question, "finnish", scenes.KEPT) for e in own] == [e.question for e in other]
     assert [e.images[0].tobytes() for e in own] == [e.images[0].tobytes() for e in other]
+
+
+def test_kept_words_are_kept_and_no_other():
+    question = "which digit is on the left ?"
+    assert scenes.translate(question, "german") == "welche ziffer ist auf die links ?"
+    assert scenes.translate(question, "german", ("is", "digit")) == "welche digit is auf die links ?"
+    asked = scenes.scenes(train=70, validation=0, test=0, kept=())["train"]
+    assert {word for e in asked for word in e.question.split()} & set(scenes.ASKED) == {"?"}
 
 
 def test_palettes_are_permutations():
@@ -196,6 +204,8 @@ def test_unknown_names_are_named():
         scenes.scenes(train=5, styles=("turku", "atlantis"))
     with pytest.raises(ValueError, match=r"dataset.kinds has nothing; take some of colour, compare"):
         scenes.scenes(train=5, kinds=())
+    with pytest.raises(ValueError, match=r"dataset.kept has der; take some of"):
+        scenes.scenes(train=5, kept=("der",))
     with pytest.raises(ValueError, match=r"dataset.vocabulary has klingon"):
         scenes.scenes(train=5, vocabulary="klingon")
 

@@ -16,7 +16,7 @@ from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
 from fedmm.model import Model
 from fedmm.runs import config
-from fedmm.train import train
+from fedmm.train import rate_share, train
 from fedmm.types import Step
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5)
@@ -53,6 +53,27 @@ def test_training_lowers_the_loss_and_moves_every_tensor(llava, local_llm):
     model, _, out, anchor = trained(llava, local_llm, lora, epochs=10)
     assert out.mean_loss < out.first_loss
     assert all(not torch.equal(anchor[name], tensor) for name, tensor in model.edge.state().items())
+
+
+def test_a_cosine_lowers_the_rate_of_each_round_and_a_constant_does_not():
+    assert [rate_share("constant", round, 4) for round in (1, 4)] == [1.0, 1.0]
+    assert [round(rate_share("cosine", r, 4), 4) for r in (1, 2, 3, 4)] == [1.0, 0.8536, 0.5, 0.1464]
+
+
+def test_the_schedule_scales_the_step(llava, local_llm):
+    def moved(**options):
+        options = {"epochs": 1, "batch_size": 10, "rounds": 2, **options}  # one step
+        model, _, _, anchor = trained(llava, local_llm, lora, **options)
+        return tree.subtract(model.edge.state(), anchor)["text.up"]
+
+    torch.testing.assert_close(moved(round=2, schedule="cosine"), 0.5 * moved(round=2))
+
+
+def test_a_clipped_step_has_the_norm_it_may_have(llava, local_llm):
+    model, _, _, anchor = trained(llava, local_llm, lora, epochs=1, batch_size=10, clip_norm=1e-3)
+    step = tree.subtract(model.edge.state(), anchor)
+    norm = torch.stack([delta.norm() for delta in step.values()]).norm()
+    torch.testing.assert_close(norm, torch.tensor(0.5 * 1e-3), rtol=1e-3, atol=0)  # SGD at 0.5
 
 
 def test_fedprox_with_mu_zero_is_lora_bit_for_bit(llava, local_llm):

@@ -4,7 +4,8 @@
 
 Squared per sample, not the square of a batch's mean; log p is the sum over the answer's tokens; theta are the trained
 adapters; the answers are the data's own (the empirical Fisher). The variant `ef` takes what training already computed:
-the mean over steps of the squared batch gradient, which needs no further pass and estimates another quantity.
+the mean over steps of the squared batch gradient (clipped, where training clips), which needs no further pass and
+estimates another quantity.
 Source: FedNano 2025 and its FedNano-EF, as far as they are known; Matena & Raffel 2022, section 2.3.
 """
 

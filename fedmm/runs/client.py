@@ -191,6 +191,8 @@ def _train(
         client=order.client,
         epochs=cfg.epochs,
         batch_size=cfg.batch_size,
+        schedule="cosine" if cfg.schedule == "cosine" else "constant",
+        clip_norm=cfg.clip_norm,
     )
     began = time.perf_counter()
     fisher = make(cfg.method.fisher)

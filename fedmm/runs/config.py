@@ -102,6 +102,8 @@ class Config:
     rounds: int = 8
     epochs: int = 1
     batch_size: int = 32
+    schedule: str = "cosine"
+    clip_norm: float | None = 1.0
     pooled: bool = False  # all clients' data at client 0
     compare: list[str] = field(default_factory=list)
     threads: int = 1  # of torch, in clients and host: sums depend on it, and Ray gives its actors one
@@ -202,6 +204,10 @@ def check(cfg: Config) -> Iterator[str]:
         yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
     if cfg.link.loss not in ("auto", "client"):
         yield f"link.loss must be auto or client, got {cfg.link.loss}"
+    if cfg.schedule not in ("constant", "cosine"):
+        yield f"schedule must be constant or cosine, got {cfg.schedule}"
+    if cfg.clip_norm is not None and cfg.clip_norm <= 0:
+        yield f"clip_norm must be above 0, or null for none, got {cfg.clip_norm:g}"
     if cfg.link.address is None and not cfg.link.bind.startswith(("127.", "localhost", "[::1]")):
         yield f"link.bind={cfg.link.bind} needs link.address: the host and port that clients dial"
     if cfg.evaluate.split not in ("validation", "test"):
