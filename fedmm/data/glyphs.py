@@ -227,8 +227,8 @@ def _beads() -> tuple[Tensor, Int[np.ndarray, " N"]]:
             beads = np.concatenate([_curve(np.array(stroke)) for stroke in strokes])
             lines.append(np.resize(beads, (4 * _BEADS, 2)))
             digits.append(digit)
-    beads = torch.from_numpy(np.stack(lines)).float()
-    return (beads - torch.tensor([0.5, 0.7])) / 0.8, np.array(digits)
+    stacked = torch.from_numpy(np.stack(lines)).float()
+    return (stacked - torch.tensor([0.5, 0.7])) / 0.8, np.array(digits)
 
 
 def _curve(points: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 All draw the law (the shares of each label at each client) first, from the generator and the sorted label values alone;
 only then do they look at how many examples there are. Called with a generator of the same seed, the train, validation
-and test splits of a dataset therefore follow the same law, and a client is tested on what it trained on.
+and test splits of a dataset therefore follow the same law, and a client is tested on what it trained on, as long as
+every split holds every label value.
 Every index is used at most once, and exactly once where nothing is dropped on purpose.
 """
 

@@ -8,7 +8,7 @@ What adapters cannot bring back (a tower that never learnt a shape) is left out 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -334,7 +334,7 @@ def _tensor(values: object) -> Tensor:
     return torch.from_numpy(np.asarray(values, np.float32))
 
 
-def _known(what: str, names: Sequence[str], table: object) -> None:
+def _known(what: str, names: Sequence[str], table: Collection[str]) -> None:
     wrong = [name for name in names if name not in table]
     if wrong or (what in ("styles", "kinds") and not names):
         raise ValueError(f"dataset.{what} has {', '.join(wrong) or 'nothing'}; take some of {', '.join(table)}")
