@@ -114,25 +114,17 @@ class _Arm:
     ) -> None:
         self.grid, self.nodes, self.cfg, self.overrides = grid, nodes, cfg, overrides
         self.folder, self.host = folder, host
+        self.everybody = [0] if cfg.pooled else list(range(cfg.clients))
         self.took_part = {c: row["round"] for row in folder.rows("rounds.jsonl") for c in row["clients"]}
 
     def train_round(self, round: int, current: State, memory: State, rule: Any) -> tuple[State, State]:
         """One round: orders out, updates in, merged, made to last."""
-        cfg, began = self.cfg, time.perf_counter()
-        everybody = [0] if cfg.pooled else list(range(cfg.clients))
-        per_round = min(cfg.clients_per_round or cfg.clients, len(everybody))
-        chosen = seeds.sample_clients(cfg.seed, round, len(everybody), per_round)
-        safe = self.folder.arrived(round)  # a server that was killed does not ask again for what it has
-        every = cfg.evaluate.every
-        score = bool(every) and (round - 1) % every == 0
-        scored = everybody if round == 1 else chosen if score else []
-        orders = [
-            self._order(round, client, train=client in chosen and client not in safe, score=client in scored)
-            for client in sorted({*chosen, *scored})
-            if client in scored or client not in safe
-        ]
-        self.host.open_round(round, current, [client for client in chosen if client not in safe])
-        failed = self._exchange(orders, f"round {round}")
+        began = time.perf_counter()
+        per_round = min(self.cfg.clients_per_round or self.cfg.clients, len(self.everybody))
+        chosen = seeds.sample_clients(self.cfg.seed, round, len(self.everybody), per_round)
+        awaited = [client for client in chosen if client not in self.folder.arrived(round)]  # a killed server has some
+        self.host.open_round(round, current, awaited)
+        failed = self._exchange(self._orders(round, chosen, awaited), f"round {round}")
         arrived = self.folder.arrived(round)  # once: what the round is made of is what is safe now
         silent = "reported, but sent no update"
         lost = {client: failed.get(client, silent) for client in chosen if client not in arrived}
@@ -142,37 +134,50 @@ class _Arm:
         if bad := tree.mismatch(current, current):
             raise FedmmError(f"round {round}: the merged state {bad}; lower optimizer.lr or choose a robust rule")
         self.took_part |= dict.fromkeys(arrived, round)
-        told = {client: self.folder.about(round, client) for client in arrived}
-        updates = [(client, about["num_examples"], about["metrics"].get("loss")) for client, about in told.items()]
-        self.folder.append(
-            "rounds.jsonl",
-            round=round,
-            clients=arrived,
-            lost={str(client): reason for client, reason in lost.items()},
-            examples={str(client): count for client, count, _ in updates},
-            loss={str(client): loss for client, _, loss in updates},
-            state=tree.digest(current),
-        )
+        losses = self._write_round(round, arrived, lost, current)
         self.folder.save_checkpoint(round, current, memory)
-        losses = [loss for _, _, loss in updates if loss is not None]
         self.folder.event(
             "round",
             round=round,
             loss=sum(losses) / len(losses) if losses else None,
-            lost={str(client): reason for client, reason in lost.items()},
-            failed={str(client): reason for client, reason in failed.items()},
+            lost=_by_name(lost),
+            failed=_by_name(failed),
             seconds=time.perf_counter() - began,
         )
         return current, memory
 
+    def _orders(self, round: int, chosen: list[int], awaited: list[int]) -> list[Order]:
+        """Who trains and who is scored on the state of the round before; before the first round that is everybody."""
+        every = self.cfg.evaluate.every
+        scored = self.everybody if round == 1 else chosen if every and (round - 1) % every == 0 else []
+        return [
+            self._order(round, client, train=client in awaited, score=client in scored)
+            for client in sorted({*awaited, *scored})
+        ]
+
+    def _write_round(self, round: int, arrived: list[int], lost: dict[int, str], state: State) -> list[float]:
+        """The round's row, from what the updates say of themselves; returns the losses they tell."""
+        about = {client: self.folder.about(round, client) for client in arrived}
+        losses = {client: told["metrics"].get("loss") for client, told in about.items()}
+        self.folder.append(
+            "rounds.jsonl",
+            round=round,
+            clients=arrived,
+            lost=_by_name(lost),
+            examples=_by_name({client: told["num_examples"] for client, told in about.items()}),
+            loss=_by_name(losses),
+            state=tree.digest(state),
+        )
+        return [loss for loss in losses.values() if loss is not None]
+
     def score_round(self, round: int, current: State) -> None:
         """After the last round: everybody is scored on the final state, nobody trains."""
-        everybody = [0] if self.cfg.pooled else list(range(self.cfg.clients))
         self.host.open_round(round, current, [])
-        lost = self._exchange([self._order(round, client, train=False, score=True) for client in everybody], "final")
+        orders = [self._order(round, client, train=False, score=True) for client in self.everybody]
+        lost = self._exchange(orders, "final")
         if lost:
-            self.folder.event("unscored", lost={str(client): reason for client, reason in lost.items()})
-        if len(lost) == len(everybody):
+            self.folder.event("unscored", lost=_by_name(lost))
+        if len(lost) == len(orders):
             raise FedmmError("no client scored the final state; " + "; ".join(map(_reason, lost.items())))
 
     def _order(self, round: int, client: int, *, train: bool, score: bool) -> Order:
@@ -278,6 +283,11 @@ def _channels(traffic: Mapping[tuple[int, str], Traffic]) -> Iterator[tuple[int,
             sums[client, "fisher"] = [row.fisher_bytes, 0, 0, 0.0]
     for (client, channel), (up, down, frames, seconds) in sums.items():
         yield client, channel, int(up), int(down), int(frames), seconds
+
+
+def _by_name(values: Mapping[int, Any]) -> dict[str, Any]:
+    """JSON has no integer keys."""
+    return {str(key): value for key, value in values.items()}
 
 
 def _reason(item: tuple[int, str]) -> str:
