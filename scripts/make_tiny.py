@@ -428,7 +428,8 @@ took {seconds:.0f} s on two cores, PyTorch {torch.__version__}.
 
 Exact match after rounding to fp16, {date.today().isoformat()}: 2,000 fresh open scenes, 1,000 handwritten ones each
 (validation glyphs; the test split was not looked at). "plain" has the model's own colours, "english" are its own
-words; the others are sites of `fedmm/data/scenes.py`, with their palettes, scanners and vocabularies.
+words; the others are sites of `fedmm/data/scenes.py`, with their palettes and scanners, asked with their own words but
+for those that `KEPT` names there.
 
 | scenes | {" | ".join(kinds)} |
 |---|{"---|" * len(kinds)}
