@@ -62,9 +62,10 @@ def _run(overrides: list[str]) -> int:
     watcher.start()
     try:
         inprocess.run(arms)
+    except KeyboardInterrupt:
+        return 130  # the watcher says how to go on
     except (ValueError, OSError, FedmmError) as error:
-        if not (arms[0].folder / "events.jsonl").exists():  # else the watcher says it
-            print(error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     finally:
         ended.set()
@@ -75,10 +76,14 @@ def _run(overrides: list[str]) -> int:
 def _compare(dirs: list[Path], against_label: str) -> int:
     from fedmm.runs import table
 
-    if empty := [str(path) for path in dirs if not table.arm_folders(path)]:
-        print(f"no finished run in {', '.join(empty)}; a finished one has a summary.json", file=sys.stderr)
+    try:
+        lines = table.lines(dirs)
+        labels = [line.label for line in lines]
+        if against_label not in labels and len(lines) > 2:
+            raise ValueError(f"--against {against_label!r} is no arm here; there are {', '.join(map(repr, labels))}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
-    lines = table.lines(dirs)
     print(table.markdown(lines))
     for against in (line for line in lines if line.label == against_label):
         print("\n" + "\n".join(filter(None, (table.difference(line, against) for line in lines if line != against))))

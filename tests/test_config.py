@@ -52,6 +52,11 @@ def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says)
         load([override])
 
 
+def test_the_options_named_are_those_of_what_was_chosen():
+    with pytest.raises(ConfigError, match=r"(?s)available options in method.step: mu$"):
+        load(["method=fedprox", "rule=mean", "method.step.m=0.1"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

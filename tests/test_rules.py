@@ -96,12 +96,12 @@ def test_no_update_and_no_tensor_change_nothing(name):
 @pytest.mark.parametrize("name", RULES)
 def test_updates_are_held_one_at_a_time(name):
     """Memory must not grow with the clients: when an update is asked for, those before the last are gone."""
-    given: list[weakref.ref] = []
+    given: list[list[weakref.ref]] = []
 
     def watched():
         for update in updates():
-            assert all(ref() is None for ref in given[:-1]), "an update is still held"
-            given.append(weakref.ref(update))
+            assert all(ref() is None for refs in given[:-1] for ref in refs), "an update's tensors are still held"
+            given.append([weakref.ref(tensor) for state in (update.delta, update.fisher) for tensor in state.values()])
             yield update
 
     rule_of(name)(current(), watched(), {})

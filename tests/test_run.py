@@ -397,3 +397,21 @@ def test_a_paired_difference_is_not_the_difference_of_intervals():
     assert table.difference(mine, other) == "A minus B: +1.0 ± 0.0 points of global accuracy"
     assert table.difference(line("A", [0.5]), line("B", [0.4])).startswith("A minus B: +10.0 (one seed)")
     assert table.difference(line("A", [None]), line("B", [0.4])) is None
+
+
+def test_a_folder_is_one_process_at_a_time(backbone, tmp_path):
+    from fedmm.runs.folder import alone
+
+    with alone(tmp_path / "run"), pytest.raises(ValueError, match="another process is running in"):
+        run(backbone, tmp_path / "run", "rounds=1")
+    run(backbone, tmp_path / "run", "rounds=1")
+
+
+def test_compare_takes_each_seed_once_and_names_the_arms(backbone, tmp_path, capsys):
+    from fedmm.cli import main
+
+    path = str(run(backbone, tmp_path / "run", "rounds=1", "compare=[fedavg]"))
+    assert main(["compare", path, path]) == 2
+    assert "FedNano with seed 0 again" in capsys.readouterr().err
+    assert main(["compare", path, "--against", "fedavg"]) == 2
+    assert "'FedAvg'" in capsys.readouterr().err

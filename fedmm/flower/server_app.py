@@ -11,9 +11,10 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import OmegaConf
 
 from fedmm.flower.rounds import find_clients, run_arm
+from fedmm.llm.loading import Backbone
 from fedmm.runs import config, report
 from fedmm.runs.client import partition, splits
-from fedmm.runs.folder import RunFolder, check_folder
+from fedmm.runs.folder import RunFolder, alone, check_folder
 
 app = ServerApp()
 
@@ -58,6 +59,11 @@ def plan(overrides: list[str]) -> list[Arm]:
 def run(grid: Grid, arms: list[Arm]) -> Path:
     """Run the arms in turn and write the report. Returns the run's folder, which is there once the LLM is loaded."""
     backbone = config.make(arms[0].cfg.llm)
+    with alone(arms[0].folder):
+        return _run(grid, arms, backbone)
+
+
+def _run(grid: Grid, arms: list[Arm], backbone: Backbone) -> Path:
     folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
     top = folders[0]
     try:

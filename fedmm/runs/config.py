@@ -174,20 +174,22 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             OmegaConf.resolve(cfg)
             typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)  # what an interpolation gave has its type too
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, overrides)) from error
     OmegaConf.set_readonly(typed, True)
     return typing.cast(DictConfig, typed)
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
     """Hydra's message and its cause; where an override names a key that is not there, the keys that are."""
     cause = error.__cause__ or error.__context__
     lines = [str(error) if "vailable options" in str(error) else str(error).split("\n")[0]]
     lines += [str(cause).split("\n")[0]] if cause else []
     if unknown := re.search(r"Could not override '([^']+)'", str(error)):
         parent = unknown[1].rpartition(".")[0]
-        node = OmegaConf.select(_compose(()), parent) if parent else _compose(())
-        names = ", ".join(sorted(map(str, node))) if isinstance(node, DictConfig) else "none"
+        chosen = _compose(tuple(o for o in overrides if o.split("=", 1)[0] in groups()))
+        node = OmegaConf.select(chosen, parent) if parent else chosen
+        keys = [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+        names = ", ".join(sorted(keys)) or "none"
         lines.append(f"available options{f' in {parent}' if parent else ''}: {names}")
     return "\n".join(dict.fromkeys(filter(None, lines)))
 

@@ -13,6 +13,7 @@ run that was killed at any instant ends with the same state and the same rounds.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import shutil
@@ -20,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,20 @@ class RunFolder:
 
     def _journal(self, round: int) -> Path:
         return self.path / "journal" / f"round_{round:04d}"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the folder of a run for this process. Raises ValueError where another one is running in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {path}; wait for it, or set run.dir to another folder"
+            ) from None
+        yield
 
 
 def check_folder(path: Path, config_yaml: str) -> None:

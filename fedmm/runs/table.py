@@ -100,8 +100,15 @@ def lines(runs: Sequence[Path]) -> list[Line]:
     by_label: dict[str, list[dict[str, Any]]] = defaultdict(list)
     zero: list[dict[str, Any]] = []
     for run in runs:
+        if not arm_folders(run):
+            raise ValueError(f"no finished run in {run}; a finished one has a summary.json")
         summaries = [json.loads((path / "summary.json").read_text()) for path in arm_folders(run)]
         for summary in summaries:
+            if any(other["seed"] == summary["seed"] for other in by_label[summary["label"]]):
+                raise ValueError(
+                    f"{run} has {summary['label']} with seed {summary['seed']} again; give each seed once, and set "
+                    "label=... where arms differ in more than their method and rule"
+                )
             by_label[summary["label"]].append(summary)
         with_zero = [s for s in summaries if s["zero_shot"]["global"] is not None]
         zero += [{**with_zero[0], "final": with_zero[0]["zero_shot"], "bytes": {}, "seconds": 0.0}] if with_zero else []
