@@ -16,6 +16,7 @@ from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
+from fedmm.runs import config
 
 
 def load(folder):
@@ -39,6 +40,26 @@ def test_remote_equals_local(llava, local_llm, edge, batch, loss_at):
         assert torch.equal(remote(batch), logits)
     assert torch.equal(remote_loss, loss)
     assert came.keys() == wanted.keys()
+    assert all(torch.equal(came[name], wanted[name]) for name in wanted)
+
+
+def test_the_embedded_backbone_keeps_parity_too():
+    """As it ships, on its own data, in a batch as training has it."""
+    cfg = config.compose()
+    backbone = config.make(cfg.llm)
+    frozen = (backbone.model, backbone.processor)
+    built, processor = parts.build(parts.take(*frozen), rank=4)
+    built.reset(seeds.generator(0, "test"))
+    examples = config.make(cfg.dataset)(train=32, validation=0, test=0)["train"]
+    batch, llm = collate(prepare(examples, processor, backbone.prompt)), LocalLLM(backbone.model)
+    loss = Model(built, llm).answer_loss(batch)
+    loss.backward()
+    wanted = gradients(built)
+    with served(frozen, built, llm) as (host, _), visiting(host) as session:
+        remote_loss = Model(built, RemoteLLM(session)).answer_loss(batch)
+        remote_loss.backward()
+    assert torch.equal(remote_loss, loss)
+    came = gradients(built)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
 
