@@ -77,6 +77,8 @@ def _compare(dirs: list[Path], against_label: str) -> int:
     from fedmm.runs import table
 
     try:
+        if empty := [str(path) for path in dirs if not table.arm_folders(path)]:
+            raise ValueError(f"no finished run in {', '.join(empty)}; a finished one has a summary.json")
         lines = table.lines(dirs)
         labels = [line.label for line in lines]
         if against_label not in labels and len(lines) > 2:
