@@ -14,7 +14,7 @@ from conftest import CountingProxy, gradients, served, visiting
 
 from fedmm import tree
 from fedmm.edge import parts
-from fedmm.llm import wire
+from fedmm.llm import tls, wire
 from fedmm.llm.host import Host
 from fedmm.llm.remote import HostGone, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
@@ -44,6 +44,49 @@ def test_a_client_needs_the_token_of_its_own_round(link):
             session.call("card")
     with visiting(host) as session:
         assert session.call("card").verb == "card"
+
+
+@pytest.fixture
+def secured(llava, edge, local_llm):
+    with served(llava, edge, local_llm, authority=tls.Authority()) as (host, _):
+        yield host
+
+
+def test_a_tls_link_carries_what_a_plain_one_does(secured, edge):
+    with visiting(secured, identity=secured.identity(0)) as session:
+        assert tree.digest(dict(session.call("state").tensors)) == tree.digest(edge.state())
+
+
+@pytest.mark.parametrize(
+    ("identity", "says"),
+    [
+        (lambda host: None, "is gone"),  # plain against TLS
+        (lambda host: tls.Authority().client(0), "is gone"),  # of another run: neither trusts the other
+        (lambda host: host.identity(1), "the certificate is 'client-1.fedmm''s, not client 0's"),
+    ],
+)
+def test_a_tls_link_opens_to_the_certificate_of_its_run_and_client_only(secured, identity, says):
+    with (
+        visiting(secured, identity=identity(secured)) as session,
+        pytest.raises((HostGone, HostRefused), match=says),
+    ):
+        session.call("card")
+
+
+def test_a_client_cannot_pose_as_the_host(llava, edge, local_llm):
+    """Every client holds a certificate of the run's authority; none of them has the host's name."""
+    authority = tls.Authority()
+
+    class Posing(tls.Authority):
+        def __init__(self):
+            self._key, self._certificate = authority._key, authority._certificate
+
+        def host(self):
+            return authority.client(1)
+
+    with served(llava, edge, local_llm, authority=Posing()) as (host, _):
+        with visiting(host, identity=authority.client(0)) as session, pytest.raises(HostGone, match="is gone"):
+            session.call("card")
 
 
 def test_a_round_that_is_over_takes_nobody(link, edge):
@@ -210,7 +253,7 @@ def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, 
 def test_garbage_ends_its_own_session_with_the_reason(link, message):
     host, _ = link
     with visiting(host) as session, visiting(host, client=1) as other:
-        session._outbox.put(message)
+        session._outbox.put([message])
         with pytest.raises(HostRefused, match="no valid frame"):
             session.call("card")
         assert other.call("card").verb == "card"

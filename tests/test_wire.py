@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 
 import pytest
+import safetensors.torch
 import torch
 
 from fedmm.llm import wire
@@ -18,8 +20,9 @@ def test_a_frame_survives_the_wire():
         "int": torch.arange(4),
         "scalar": torch.tensor(2.5),
         "strided": torch.randn(4, 6).T,
+        "empty": torch.zeros(0, 4),
     }
-    chunks = wire.encode(wire.Frame("forward", {"step": 3, "grad": True}, tensors))
+    chunks = list(wire.encode(wire.Frame("forward", {"step": 3, "grad": True}, tensors)))
     frame = wire.decode(iter(chunks), 1 << 20)
     assert frame.verb == "forward" and frame.meta == {"step": 3, "grad": True}
     assert frame.wire_bytes == sum(map(len, chunks))
@@ -30,7 +33,7 @@ def test_a_frame_survives_the_wire():
 @pytest.mark.parametrize("elements", [1, wire.CHUNK_BYTES // 4 - 50, wire.CHUNK_BYTES // 4, 3 * wire.CHUNK_BYTES // 4])
 def test_frames_are_cut_at_a_mebibyte(elements):
     big = torch.arange(elements, dtype=torch.float32)
-    chunks = wire.encode(wire.Frame("x", {}, {"big": big}))
+    chunks = list(wire.encode(wire.Frame("x", {}, {"big": big})))
     assert all(len(chunk) == wire.CHUNK_BYTES for chunk in chunks[:-1])
     assert 0 < len(chunks[-1]) <= wire.CHUNK_BYTES
     assert torch.equal(wire.decode(iter(chunks), 1 << 30).tensors["big"], big)
@@ -57,7 +60,7 @@ def raw(
         (raw(claim_header=1 << 31), "header of 2147483648 bytes"),
         (raw(claim_body=1 << 60), "link.frame_limit_mb"),
         (raw(claim_body=100), "ended after"),
-        (raw(body=b"x" * 10, claim_body=4), "holds"),
+        (raw(body=b"x" * 10, claim_body=0), "holds"),
         (raw(header=b"{not json}"), "no JSON"),
         (raw(header=b'["verb"]'), "no JSON object with a verb"),
         (raw(header=b'{"verb": 3}'), "no JSON object with a verb"),
@@ -72,6 +75,65 @@ def raw(
 def test_what_is_no_frame_is_refused_with_its_reason(message, says):
     with pytest.raises(wire.WireError, match=says):
         wire.decode(iter([message]), 1 << 20)
+
+
+def body(index: dict, data: bytes) -> bytes:
+    header = json.dumps(index).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(dtype="F32", shape=(1,), at=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(at)}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        body({"a": entry(), "b": entry()}, b"x" * 4),  # both at the same place
+        body({"a": entry(at=(4, 8))}, b"x" * 8),  # a hole
+        body({"a": entry()}, b"x" * 8),  # bytes of nobody
+        body({"a": entry(shape=(2,))}, b"x" * 4),
+        body({"a": entry(shape=(-1,), at=(0, -4))}, b""),
+        body({"a": entry(shape=(1 << 50,))}, b"x" * 4),
+        body({"a": entry(at=(0, 1 << 40), shape=(1 << 38,))}, b"x" * 4),
+        body({"a": entry(shape=(1.5,))}, b"x" * 4),
+        body({"a": entry(dtype="F8")}, b"x" * 4),
+        body({"a": entry(dtype="BOOL", shape=(4,))}, b"\x02\x00\x00\x00"),
+        body({"a": {"dtype": "F32"}}, b""),
+        body({"a": 3}, b""),
+        struct.pack("<Q", 1 << 60) + b"{}",
+        b"1234",
+    ],
+)
+def test_a_body_that_lies_is_refused(message):
+    with pytest.raises(wire.WireError, match="no safetensors"):
+        wire.decode(iter([raw(body=message)]), 1 << 20)
+
+
+def test_a_body_is_an_ordinary_safetensors_file_and_the_other_way_round():
+    tensors = {"a": torch.randn(3, 2), "b": torch.tensor([True]), "c": torch.randn(5).half(), "d": torch.tensor(1)}
+    sent = b"".join(wire.encode(wire.Frame("x", {}, tensors)))
+    read = safetensors.torch.load(sent[len(raw()) :])
+    written = wire.decode(iter([raw(body=safetensors.torch.save(tensors))]), 1 << 20).tensors
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor) and torch.equal(written[name], tensor)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+def test_tensors_arrive_aligned_in_memory_of_their_own(cut):
+    """Kernels choose their order of summing by alignment: the same bits need the same."""
+    tensors = {"a": torch.randn(3), "b": torch.ones(1, dtype=torch.bool), "c": torch.randn(5, 3), "d": torch.randn(7)}
+    sent = b"".join(wire.encode(wire.Frame("x" * 3, {}, tensors)))
+    pieces = [sent[:40], *(sent[i : i + cut] for i in range(40, len(sent), cut))]
+    for name, tensor in wire.decode(iter(pieces), 1 << 20).tensors.items():
+        assert torch.equal(tensor, tensors[name])
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_dtype_without_a_name_on_the_wire_is_refused():
+    with pytest.raises(wire.WireError, match="complex64; the link carries F64, F32"):
+        wire.encode(wire.Frame("x", {}, {"a": torch.zeros(2, dtype=torch.complex64)}))
 
 
 def test_a_frame_that_never_ends_is_refused():

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedmm.evaluate.answers import Answer
+from fedmm.llm.tls import Identity
 from fedmm.runs.client import Order, Report
 
 _RECORD = "fedmm"
@@ -28,14 +29,17 @@ def read_who(reply: Message) -> int:
 
 def send_order(order: Order, node: int) -> Message:
     """A round's work for one client: `train`, or `evaluate` where it is only scored."""
-    record = ConfigRecord({**vars(order), "overrides": list(order.overrides)})
+    values = {**vars(order), "overrides": list(order.overrides)}
+    values |= {"identity": json.dumps(vars(order.identity)) if order.identity else ""}
+    record = ConfigRecord(values)
     kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
     return Message(RecordDict({_RECORD: record}), dst_node_id=node, message_type=kind)
 
 
 def read_order(message: Message) -> Order:
     record: dict[str, Any] = dict(message.content.config_records[_RECORD])
-    return Order(**{**record, "overrides": tuple(record["overrides"])})
+    identity = Identity(**json.loads(record["identity"])) if record["identity"] else None
+    return Order(**{**record, "overrides": tuple(record["overrides"]), "identity": identity})
 
 
 def send_report(report: Report, message: Message) -> Message:

@@ -23,9 +23,10 @@ from fedmm.flower import messages
 from fedmm.llm.host import Host, Traffic
 from fedmm.llm.loading import Backbone
 from fedmm.llm.local import LocalLLM
+from fedmm.llm.tls import Authority
 from fedmm.runs import table
 from fedmm.runs.client import Order, Report, build_edge, initial_state
-from fedmm.runs.config import Config, make
+from fedmm.runs.config import Config, encrypted, make
 from fedmm.runs.folder import RunFolder
 from fedmm.types import FedmmError, State
 
@@ -84,6 +85,7 @@ def run_arm(
         card=card,
         edge=parts,
         on_update=arrived,
+        authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,
         sessions=cfg.link.sessions,
         pending=cfg.link.pending,
@@ -189,6 +191,7 @@ class _Arm:
             client=client,
             address=cfg.link.address or f"127.0.0.1:{self.host.port}",
             token=self.host.token(round, client),
+            identity=self.host.identity(client),
             kept_round=self.took_part.get(client, 0),
             train=train,
             score=score,

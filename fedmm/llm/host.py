@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedmm import tree
-from fedmm.llm import wire
+from fedmm.llm import tls, wire
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import answer_cross_entropy
 from fedmm.types import IGNORE, Embeds, FedmmError, State, TokenTerm, Update
@@ -59,6 +59,7 @@ class Host:
 
     `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
     makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them.
+    With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Host:
         card: Mapping[str, Any],
         edge: State,
         on_update: Callable[[int, Update], None],
+        authority: tls.Authority | None = None,
         bind: str = "127.0.0.1:0",
         sessions: int = 64,
         pending: int = 4,
@@ -79,6 +81,7 @@ class Host:
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._wait_seconds = deadline_seconds / 2  # for a slot: whoever waits must hear of it before giving up
+        self._authority = authority
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._updating = threading.Lock()  # held from an update's check until it is safe; a round closes after it
@@ -89,7 +92,7 @@ class Host:
         self._refused: dict[int, str] = {}
         self._visits: dict[int, _Visit] = {}  # by client
         self._traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
-        self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | list[bytes]]] = {
+        self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | wire.Chunks]] = {
             "card": self._send_card,
             "edge": self._send_edge,
             "state": self._send_state,
@@ -108,7 +111,11 @@ class Host:
         service, method = wire.METHOD.strip("/").split("/")
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         try:
-            self.port = self._server.add_insecure_port(bind)
+            self.port = (
+                self._server.add_secure_port(bind, _secured(authority))
+                if authority
+                else self._server.add_insecure_port(bind)
+            )
         except RuntimeError as error:
             raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
         self._server.start()
@@ -124,6 +131,10 @@ class Host:
     def token(self, round: int, client: int) -> str:
         """What lets this client, and no other, into this round, and no other."""
         return hmac.new(self._secret, f"{round}/{client}".encode(), hashlib.sha256).hexdigest()
+
+    def identity(self, client: int) -> tls.Identity | None:
+        """What this client shows on a TLS link; None where the link is plain."""
+        return self._authority.client(client) if self._authority else None
 
     def close_round(self) -> tuple[dict[int, str], dict[tuple[int, str], Traffic]]:
         """End the round: no update is taken any more, every session is cut.
@@ -158,10 +169,10 @@ class Host:
                     known = frame.verb if frame.verb in self._verbs else "refused"
                     traffic = self._traffic[visit.client, known]
                 answer = self._answer(visit, frame, traffic)
-                reply = answer if isinstance(answer, list) else wire.encode(answer)
+                reply = answer if isinstance(answer, wire.Chunks) else wire.encode(answer)
                 traffic.frames += 1
                 traffic.up_bytes += frame.wire_bytes
-                traffic.down_bytes += sum(map(len, reply))
+                traffic.down_bytes += reply.size_bytes
                 yield from reply
         except wire.WireError as error:
             log.warning("client %d sent no valid frame: %s", visit.client, error)
@@ -183,6 +194,9 @@ class Host:
                 f"the token is not the one of client {client[:9]!r} in round {round[:9]!r} of this run; "
                 "it comes with the server's Flower message and ends with the run",
             )
+        shown = context.auth_context().get("x509_common_name", [b""])[0].decode()
+        if self._authority and shown != tls.client_name(int(client)):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate is {shown!r}'s, not client {client}'s")
         visit = _Visit(int(client), int(round), context)
         with self._lock:
             now, before = self._round, self._visits.get(visit.client)
@@ -198,7 +212,7 @@ class Host:
         now = f"in round {self._round}" if self._round else "between rounds"
         return f"round {visit.round} is over, the run is {now}"
 
-    def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame | list[bytes]:
+    def _answer(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame | wire.Chunks:
         try:
             if visit.round != self._round:
                 raise ValueError(self._over(visit))
@@ -219,7 +233,7 @@ class Host:
     def _send_card(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         return wire.Frame("card", self._card)
 
-    def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> list[bytes]:
+    def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Chunks:
         return self._edge
 
     def _send_state(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
@@ -340,6 +354,13 @@ class _Computing:
     def __exit__(self, *_: object) -> None:
         self._traffic.llm_seconds += time.perf_counter() - self._began
         self._slots.release()
+
+
+def _secured(authority: tls.Authority) -> grpc.ServerCredentials:
+    own = authority.host()
+    return grpc.ssl_server_credentials(
+        [(own.key.encode(), own.certificate.encode())], own.authority.encode(), require_client_auth=True
+    )
 
 
 def _read_update(client: int, frame: wire.Frame, current: State) -> Update:

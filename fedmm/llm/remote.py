@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedmm.llm import wire
+from fedmm.llm import tls, wire
 from fedmm.types import Embeds, FedmmError, TokenTerm
 
 
@@ -44,6 +44,7 @@ class Session:
         client: int,
         round: int,
         token: str,
+        identity: tls.Identity | None = None,
         deadline_seconds: float = 60.0,
         frame_limit_bytes: int = 1 << 30,
     ) -> None:
@@ -54,12 +55,12 @@ class Session:
         self._address = address
         self._broken: Exception | None = None  # a session that failed once stays failed
         self._deadline_seconds = deadline_seconds
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[wire.Chunks | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[wire.Frame | Exception] = queue.SimpleQueue()
-        self._channel = grpc.insecure_channel(address, options=wire.GRPC_OPTIONS)
+        self._channel = _dial(address, identity)
         stream = self._channel.stream_stream(wire.METHOD)
         metadata = wire.credentials(client, round, token)
-        self._stream = stream(iter(self._outbox.get, None), metadata=metadata)
+        self._stream = stream(itertools.chain.from_iterable(iter(self._outbox.get, None)), metadata=metadata)
         self._reader = threading.Thread(target=self._read, args=(frame_limit_bytes,), daemon=True)
         self._reader.start()
 
@@ -68,9 +69,9 @@ class Session:
         if self._broken is not None:
             raise self._broken
         began = time.perf_counter()
-        for chunk in wire.encode(wire.Frame(verb, meta, tensors or {})):
-            self.sent_bytes[verb] += len(chunk)
-            self._outbox.put(chunk)
+        chunks = wire.encode(wire.Frame(verb, meta, tensors or {}))
+        self.sent_bytes[verb] += chunks.size_bytes
+        self._outbox.put(chunks)
         try:
             reply = self._inbox.get(timeout=self._deadline_seconds)
         except queue.Empty:
@@ -121,6 +122,16 @@ class Session:
             f"the host at {self._address} is gone ({code.name.lower()}: {details}); "
             "is the server running, and is link.address one that clients can reach?"
         )
+
+
+def _dial(address: str, identity: tls.Identity | None) -> grpc.Channel:
+    if identity is None:
+        return grpc.insecure_channel(address, options=wire.GRPC_OPTIONS)
+    shown = grpc.ssl_channel_credentials(
+        identity.authority.encode(), identity.key.encode(), identity.certificate.encode()
+    )
+    named = ("grpc.ssl_target_name_override", tls.HOST_NAME)
+    return grpc.secure_channel(address, shown, options=[*wire.GRPC_OPTIONS, named])
 
 
 class RemoteLLM:

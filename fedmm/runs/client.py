@@ -20,6 +20,7 @@ from fedmm.edge import parts as edge_parts
 from fedmm.edge.nano_edge import Lora, NanoEdge
 from fedmm.edge.prepare import Prepared, encode, prepare
 from fedmm.evaluate.answers import Answer, answers
+from fedmm.llm import tls
 from fedmm.llm.remote import RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.runs import home
@@ -41,6 +42,7 @@ class Order:
     client: int
     address: str
     token: str
+    identity: tls.Identity | None = None  # what this client shows on a TLS link; None: the link is plain
     kept_round: int = 0  # the last round this client took part in; what it kept then is what it goes on from
     train: bool = True
     score: bool = True
@@ -121,6 +123,7 @@ def take_part(order: Order) -> Report:
         client=order.client,
         round=order.round,
         token=order.token,
+        identity=order.identity,
         deadline_seconds=cfg.link.deadline_seconds,
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
     ) as session:

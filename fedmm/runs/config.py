@@ -63,6 +63,7 @@ class EdgeConfig:
 class LinkConfig:
     bind: str = "127.0.0.1:0"  # where the host listens; 0: any free port
     address: str | None = None  # what clients dial, host:port; null: what is bound
+    tls: str = "auto"  # on, off; auto: on unless bind and address are this machine's own loopback
     loss: str = "auto"  # client: logits come down and the client computes the loss itself
     deadline_seconds: float = 60.0  # the longest wait for one reply
     frame_limit_mb: int = 1024
@@ -120,6 +121,18 @@ class Config:
 
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+def encrypted(link: LinkConfig) -> bool:
+    """Whether the link is TLS: tensors of a run may cross a network in the clear only where that was asked for."""
+    if link.tls != "auto":
+        return link.tls == "on"
+    return not all(map(_is_loopback, filter(None, (link.bind, link.address))))
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rsplit(":", 1)[0]
+    return host in ("localhost", "[::1]") or host.startswith("127.")
 
 
 def folder() -> Path:
@@ -204,16 +217,13 @@ def check(cfg: Config) -> Iterator[str]:
             yield f"{path} must be at least {low:g}, got {value:g}"
     if cfg.clients_per_round is not None and not 1 <= cfg.clients_per_round <= cfg.clients:
         yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
-    if cfg.link.loss not in ("auto", "client"):
-        yield f"link.loss must be auto or client, got {cfg.link.loss}"
-    if cfg.schedule not in ("constant", "cosine"):
-        yield f"schedule must be constant or cosine, got {cfg.schedule}"
+    for path, choices in ONE_OF.items():
+        if (chosen := OmegaConf.select(typing.cast(DictConfig, cfg), path)) not in choices:
+            yield f"{path} must be {' or '.join(choices)}, got {chosen}"
     if cfg.clip_norm is not None and cfg.clip_norm <= 0:
         yield f"clip_norm must be above 0, or null for none, got {cfg.clip_norm:g}"
-    if cfg.link.address is None and not cfg.link.bind.startswith(("127.", "localhost", "[::1]")):
+    if cfg.link.address is None and not _is_loopback(cfg.link.bind):
         yield f"link.bind={cfg.link.bind} needs link.address: the host and port that clients dial"
-    if cfg.evaluate.split not in ("validation", "test"):
-        yield f"evaluate.split must be validation or test, got {cfg.evaluate.split}"
     if unknown := set(cfg.method.sets) - {"shared", "local", "frozen"}:
         yield f"method.sets knows shared, local and frozen, got {sorted(unknown)}"
     if not cfg.method.use or set(cfg.method.use) - set(cfg.method.sets):
@@ -227,6 +237,12 @@ def check(cfg: Config) -> Iterator[str]:
         yield from _check_target(path, node)
 
 
+ONE_OF = {
+    "schedule": ("constant", "cosine"),
+    "evaluate.split": ("validation", "test"),
+    "link.loss": ("auto", "client"),
+    "link.tls": ("auto", "on", "off"),
+}
 AT_LEAST = {
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 1, "edge.lora.rank": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
