@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.losses import answer_cross_entropy
-from fedmm.types import Batch, Embeds, TokenTerm
+from fedmm.losses import Mutual, branch_losses
+from fedmm.types import Batch, Embeds, Squares, TokenTerm
 
 
 @runtime_checkable
@@ -22,13 +22,22 @@ class LLM(Protocol):
         self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], keep_BA: Int[Tensor, "B A"]
     ) -> Float[Tensor, "B A V"]: ...
 
-    def answer_loss(
+    def losses(
+        self,
+        branches: Sequence[Embeds],
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+        mutual: Mutual | None = None,
+    ) -> tuple[Float[Tensor, ""], ...]: ...
+
+    def squares(
         self,
         embeds: Embeds,
         mask_BT: Bool[Tensor, "B T"],
         keep_BA: Int[Tensor, "B A"],
         labels_BA: Int[Tensor, "B A"],
-    ) -> Float[Tensor, ""]: ...
+    ) -> Squares: ...
 
     def generate(
         self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], terms: Sequence[TokenTerm], max_tokens: int
@@ -39,12 +48,12 @@ class LLM(Protocol):
 class Model:
     """`model(batch)` gives answer logits; `use` names the sets of adapters that act.
 
-    `loss_at` is `link.loss`: auto lets the LLM's side compute plain cross-entropy (one round trip), client never does.
+    `loss_at` is `link.loss`: auto lets the LLM's side compute the losses it knows (one round trip), client never does.
     """
 
     edge: NanoEdge
     llm: LLM
-    loss_at: Literal["auto", "client"] = "auto"
+    loss_at: str = "auto"
 
     def __call__(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, "B A V"]:
         """Answer logits, on which the caller computes any loss."""
@@ -53,10 +62,15 @@ class Model:
 
     def answer_loss(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, ""]:
         """Mean cross-entropy over the answer tokens."""
+        return self.losses(batch, (use,))[0]
+
+    def losses(
+        self, batch: Batch, uses: Sequence[Sequence[str]], mutual: Mutual | None = None
+    ) -> tuple[Float[Tensor, ""], ...]:
+        """A loss for each of several branches, each with its own sets of adapters, by `fedmm.losses.branch_losses`."""
         if self.loss_at == "client":
-            return answer_cross_entropy(self(batch, use), batch.labels_BA)
-        embeds, mask_BT = self.edge(batch, use)
-        return self.llm.answer_loss(embeds, mask_BT, batch.keep_BA, batch.labels_BA)
+            return branch_losses([self(batch, use) for use in uses], batch.labels_BA, mutual)
+        return self.llm.losses(self.edge.branches(batch, uses), batch.mask_BT, batch.keep_BA, batch.labels_BA, mutual)
 
     def generate(self, batch: Batch, use: Sequence[str] = ("shared",), max_tokens: int = 8) -> Int[Tensor, "B N"]:
         """Greedy answers to a batch of prompts."""

@@ -1,8 +1,8 @@
 """The nouns every floor shares. Records are frozen; tensors inside them are never written in place.
 
 Dimension key, the only one:
-    B batch   T positions   P patches   E encoder width   D LLM width   R rank   V vocabulary   A answer positions
-    K clients   N positions packed over a batch
+    B batch   M its images   I a sample's images   T positions   P patches   E encoder width   D LLM width
+    R rank   V vocabulary   A answer positions   K clients   N positions packed over a batch
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
@@ -33,32 +34,108 @@ class Example:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """One low-rank term of some embeddings, `scale * h B^T` at `positions`, kept apart so that a link can use it.
+class Part:
+    """The base embeddings of one kind of positions, image or text, packed over a batch.
 
-    `positions_N` index the flattened (B T) axis. `A` itself is not here: `h = x A^T` is formed where x is.
+    `positions_N` index the flattened (B T) axis, in rising order.
     """
 
+    kind: str
+    x_ND: Float[Tensor, "N D"]
+    positions_N: Int[Tensor, " N"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One low-rank term on a part of some embeddings, `scale * h B^T` with `h = x A^T`, kept apart for the link.
+
+    `A` itself is not here: h is formed where x is, and A's gradient too, from h's.
+    """
+
+    part: Part
     h_NR: Float[Tensor, "N R"]
     up_DR: Float[Tensor, "D R"]
-    positions_N: Int[Tensor, " N"]
     scale: float
+
+    def squares(self, grad_BTD: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "N R"], Float[Tensor, "D R"]]:
+        """From the gradient by the embeddings: that by h, and the sum over samples of the squared one by B.
+
+        The square of the whole gradient by B would be another thing; so it is taken where samples are still apart.
+        """
+        T = grad_BTD.shape[1]
+        grad_ND = self.scale * grad_BTD.flatten(0, 1)[self.part.positions_N]
+        squares_DR = torch.zeros_like(self.up_DR)
+        counts = torch.bincount(self.part.positions_N // T, minlength=len(grad_BTD)).tolist()
+        for g_ND, h_NR in zip(grad_ND.split(counts), self.h_NR.split(counts), strict=True):
+            squares_DR += (g_ND.T @ h_NR).pow(2)
+        return grad_ND @ self.up_DR, squares_DR
+
+
+@dataclass(frozen=True)
+class Squares:
+    """What a diagonal Fisher needs of the LLM: see `LowRank.squares`, one pair a term.
+
+    `image_ND` is the gradient by the image part, where something trains in front of it.
+    """
+
+    terms: tuple[tuple[Float[Tensor, "_ _"], Float[Tensor, "D _"]], ...]
+    image_ND: Float[Tensor, "_ D"] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the parts of a base are formed from, by whoever has connector and token table.
+
+    `features_MPE` are those of the M images of the batch in order, and `keys` name each sample's own by their content,
+    where they are the same in every epoch; None where something trains in front of the LLM (`edge.lora`), so that
+    image positions cannot be formed elsewhere.
+    """
+
+    tokens_BT: Int[Tensor, "B T"]
+    image_BT: Bool[Tensor, "B T"]
+    features_MPE: Float[Tensor, "M P E"] | None = None
+    keys: tuple[bytes, ...] | None = None
+
+    def by_sample(self) -> tuple[Float[Tensor, "I P E"], ...]:
+        """The features of each sample's own images."""
+        assert self.features_MPE is not None
+        P = self.features_MPE.shape[1]
+        return self.features_MPE.split([int(count) // P for count in self.image_BT.sum(1)])
 
 
 @dataclass(frozen=True)
 class Embeds:
-    """What enters the LLM: a base and the low-rank terms that adapters add to it."""
+    """What enters the LLM: the parts of a base, and the low-rank terms that adapters add to them."""
 
-    base_BTD: Float[Tensor, "B T D"]
+    shape: tuple[int, ...]  # (B, T)
+    parts: tuple[Part, ...]
     terms: tuple[LowRank, ...] = ()
+    source: Source | None = None
+
+    @staticmethod
+    def whole(base_BTD: Float[Tensor, "B T D"]) -> Embeds:
+        """Embeddings of which no more is known than their values."""
+        B, T, D = base_BTD.shape
+        return Embeds((B, T), (Part("whole", base_BTD.reshape(B * T, D), torch.arange(B * T)),))
 
     def dense(self) -> Float[Tensor, "B T D"]:
-        """The sum, `base + sum_i scale_i h_i B_i^T`, each term at its own positions."""
-        B, T, D = self.base_BTD.shape
-        out_ND = self.base_BTD.reshape(B * T, D)
+        """The sum, `base + sum_i scale_i h_i B_i^T`, each term at its own positions; padding is zero."""
+        B, T = self.shape
+        first = self.parts[0].x_ND
+        out_ND = first if self.parts[0].kind == "whole" else first.new_zeros(B * T, first.shape[1])
+        for part in self.parts:
+            if part.kind != "whole":
+                out_ND = out_ND.index_copy(0, part.positions_N, part.x_ND)
         for term in self.terms:
-            out_ND = out_ND.index_add(0, term.positions_N, term.scale * (term.h_NR @ term.up_DR.T))
-        return out_ND.view(B, T, D)
+            out_ND = out_ND.index_add(0, term.part.positions_N, term.scale * (term.h_NR @ term.up_DR.T))
+        return out_ND.view(B, T, -1)
+
+    def squares(self, grad_BTD: Float[Tensor, "B T D"]) -> Squares:
+        """What a diagonal Fisher needs, from the gradient of a sum over samples by these embeddings."""
+        trained = self.source is not None and self.source.features_MPE is None
+        image_N = next((part.positions_N for part in self.parts if part.kind == "image" and trained), None)
+        image_ND = grad_BTD.flatten(0, 1)[image_N] if image_N is not None else None
+        return Squares(tuple(term.squares(grad_BTD) for term in self.terms), image_ND)
 
 
 @dataclass(frozen=True)
@@ -74,7 +151,8 @@ class TokenTerm:
 class Batch:
     """Examples made ready for the edge. Rows are right-padded.
 
-    `features_BPE` are the encoder's outputs where the encoder is frozen, else `pixels` go through it at every step.
+    `features_MPE` are the encoder's outputs for the M images of the batch where the encoder is frozen, each sample's
+    named by its content in `keys`; else `pixels` go through it at every step.
     `keep_BA` are the positions whose logits predict the answer; `labels_BA` their targets, IGNORE where padded.
     """
 
@@ -84,8 +162,9 @@ class Batch:
     image_BT: Bool[Tensor, "B T"]
     keep_BA: Int[Tensor, "B A"]
     labels_BA: Int[Tensor, "B A"]
-    pixels: Float[Tensor, "B C H W"] | None = None
-    features_BPE: Float[Tensor, "B P E"] | None = None
+    pixels: Float[Tensor, "M C H W"] | None = None
+    features_MPE: Float[Tensor, "M P E"] | None = None
+    keys: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from fedmm import seeds
 from fedmm.edge import parts
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Prepared, collate, prepare
+from fedmm.llm.features import Features
 from fedmm.llm.host import Host
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import Session
+from fedmm.store import Store
 from fedmm.types import Batch, Example, Update
 
 torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
@@ -150,7 +152,11 @@ def served(llava, edge: NanoEdge, llm: LocalLLM, **options) -> Iterator[tuple[Ho
     taken: list[Update] = []
     frozen = parts.take(*llava)
     card = parts.describe(llava[0], frozen, PROMPT)
-    with Host(llm, card=card, edge=frozen, on_update=lambda round, update: taken.append(update), **options) as host:
+    store = options.pop("store", Store(memory_bytes=1 << 30))
+    features = Features(*parts.build_base(frozen), store)
+    with Host(
+        llm, card=card, edge=frozen, features=features, on_update=lambda round, update: taken.append(update), **options
+    ) as host:
         host.open_round(1, edge.state(), [0, 1])
         yield host, taken
 

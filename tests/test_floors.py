@@ -13,8 +13,8 @@ import fedmm
 
 PACKAGE = Path(fedmm.__file__).parent
 FLOORS = [
-    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds"),
-    ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.losses"),
+    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds", "fedmm.store"),
+    ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.losses", "fedmm.codecs"),
     ("fedmm.llm", "fedmm.model"),
     ("fedmm.methods", "fedmm.train", "fedmm.stages", "fedmm.evaluate"),
     ("fedmm.runs",),

@@ -15,6 +15,7 @@ from conftest import CountingProxy, gradients, served, visiting
 from fedmm import tree
 from fedmm.edge import parts
 from fedmm.llm import tls, wire
+from fedmm.llm.features import Features
 from fedmm.llm.host import Host
 from fedmm.llm.remote import HostGone, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
@@ -175,24 +176,30 @@ def test_a_negative_fisher_is_refused(link, edge):
 
 
 def step_tensors(batch, edge, **changes):
+    """A dense step."""
     embeds, mask_BT = edge(batch)
-    tensors = {"embeds": embeds.dense().detach(), "mask": mask_BT, "keep": batch.keep_BA, "labels": batch.labels_BA}
+    tensors = {"whole.0": embeds.dense().detach(), "mask": mask_BT, "keep": batch.keep_BA, "labels": batch.labels_BA}
     return {name: t for name, t in (tensors | changes).items() if t is not None}
+
+
+def ask(session, tensors, verb="loss", grad=True, **meta):
+    return session.call(verb, tensors, **{"branches": 1, "grads": ["whole.0"] if grad else [], **meta}).tensors
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"embeds": None}, "'embeds' is missing"),
-        ({"embeds": torch.zeros(3, 5, 99)}, r"'embeds' has shape \(3, 5, 99\), wanted \('any', 'any', 16\)"),
-        ({"embeds": torch.zeros(3, 5, 16, dtype=torch.int64)}, "floating"),
-        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, "'mask' has shape"),
+        ({"whole.0": None}, "'whole.0' is missing"),
+        ({"whole.0": torch.zeros(3, 5, 99)}, r"'whole.0' has shape \(3, 5, 99\), wanted \(3, 11, 16\)"),
+        ({"whole.0": torch.zeros(3, 11, 16, dtype=torch.int64)}, "floating"),
+        ({"mask": torch.ones(1, 1, dtype=torch.bool)}, r"wanted \(1, 1, 16\)"),
+        ({"mask": torch.zeros(3, 11, dtype=torch.bool)}, "every row needs at least one position"),
         ({"mask": torch.ones(3, 12)}, "'mask'"),
         ({"keep": torch.full((3, 3), 10_000)}, r"'keep' must lie in \[0"),
         ({"keep": torch.full((3, 3), -1)}, r"'keep' must lie in \[0"),
         ({"labels": torch.full((3, 3), 10_000)}, r"'labels' must lie in \[0"),
         ({"labels": torch.full((3, 3), -100)}, "no answer token"),
-        ({"embeds": torch.zeros(3, 65, 16)}, "65 positions, the LLM has 64"),
+        ({"mask": torch.ones(3, 65, dtype=torch.bool)}, "65 positions, the LLM has 64"),
         ({"keep": torch.zeros(3, 50, dtype=torch.int64)}, "'keep' names 50 positions"),
     ],
 )
@@ -200,17 +207,17 @@ def test_a_step_with_a_wrong_tensor_is_refused_and_harms_nobody(link, edge, batc
     host, _ = link
     with visiting(host) as session, visiting(host, client=1) as other:
         with pytest.raises(HostRefused, match=says):
-            session.call("loss", step_tensors(batch, edge, **changes), grad=True)
+            ask(session, step_tensors(batch, edge, **changes))
         for healthy in (session, other):
-            assert torch.isfinite(healthy.call("loss", step_tensors(batch, edge), grad=True).tensors["loss"])
+            assert torch.isfinite(ask(healthy, step_tensors(batch, edge))["losses"])
 
 
 def test_embeddings_that_are_not_finite_are_refused(link, edge, batch):
     host, _ = link
     tensors = step_tensors(batch, edge)
-    tensors["embeds"][0, 0, 0] = float("inf")
+    tensors["whole.0"][0, 0, 0] = float("inf")
     with visiting(host) as session, pytest.raises(HostRefused, match="not finite; lower the learning rate"):
-        session.call("forward", tensors, step=0, grad=False)
+        ask(session, tensors, "forward", step=0, grad=False)
 
 
 def test_a_backward_without_forward_and_of_a_wrong_shape(link, edge, batch):
@@ -218,7 +225,7 @@ def test_a_backward_without_forward_and_of_a_wrong_shape(link, edge, batch):
     with visiting(host) as session:
         with pytest.raises(HostRefused, match="no forward of step 9"):
             session.call("backward", {"grad": torch.zeros(1)}, step=9)
-        session.call("forward", step_tensors(batch, edge), step=1, grad=True)
+        ask(session, step_tensors(batch, edge), "forward", step=1, grad=True)
         with pytest.raises(HostRefused, match="'grad' has shape"):
             session.call("backward", {"grad": torch.zeros(1)}, step=1)
 
@@ -262,7 +269,7 @@ def test_garbage_ends_its_own_session_with_the_reason(link, message):
 def test_a_frame_over_the_limit_is_refused(llava, edge, local_llm):
     with served(llava, edge, local_llm, frame_limit_bytes=1000) as (host, _), visiting(host) as session:
         with pytest.raises(HostRefused, match=r"at most 1000; raise link.frame_limit_mb"):
-            session.call("loss", {"embeds": torch.zeros(1000)})
+            session.call("loss", {"whole.0": torch.zeros(1000)})
 
 
 def test_an_unknown_verb_names_the_known_ones(link):
@@ -319,10 +326,10 @@ def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
         with visiting(host, address=proxy.address) as session:
             for _ in range(10):
                 tensors = {
-                    "embeds": torch.randn(64, 50, 16), "mask": torch.ones(64, 50, dtype=torch.bool),
+                    "whole.0": torch.randn(64, 50, 16), "mask": torch.ones(64, 50, dtype=torch.bool),
                     "keep": torch.zeros(64, 3, dtype=torch.int64), "labels": torch.ones(64, 3, dtype=torch.int64),
                 }  # fmt: skip
-                session.call("loss", tensors, grad=True)
+                ask(session, tensors)
             send_update(session, built.state())
             sent, received = sum(session.sent_bytes.values()), sum(session.received_bytes.values())
         _, traffic = host.close_round()
@@ -351,7 +358,7 @@ def test_a_late_answer_is_not_taken_for_the_next_ones(llava, edge, local_llm, ba
     monkeypatch.setattr(local_llm.__class__, "__call__", slow)
     with served(llava, edge, local_llm) as (host, _), visiting(host, deadline_seconds=0.3) as session:
         with pytest.raises(HostGone, match="'loss' within"):
-            session.call("loss", step_tensors(batch, edge), grad=False)
+            ask(session, step_tensors(batch, edge), grad=False)
         time.sleep(1.0)
         with pytest.raises(HostGone):
             session.call("card")
@@ -363,7 +370,7 @@ def test_a_session_of_an_old_round_can_do_nothing_more(link, edge, batch):
         session.call("card")
         host.open_round(2, edge.state(), [0])  # a round that follows without the old one's end
         with pytest.raises(HostRefused, match="round 1 is over, the run is in round 2"):
-            session.call("loss", step_tensors(batch, edge), grad=True)
+            ask(session, step_tensors(batch, edge), grad=True)
     host.close_round()
     with visiting(host) as session, pytest.raises(HostRefused, match="between rounds"):
         session.call("card")
@@ -391,7 +398,9 @@ def test_an_update_is_safe_before_its_round_can_close(llava, edge, local_llm):
         order.append("safe")
 
     frozen = parts.take(*llava)
-    with Host(local_llm, card={}, edge=frozen, on_update=slow_disk) as host:
+    with Host(
+        local_llm, card={}, edge=frozen, features=Features(*parts.build_base(frozen)), on_update=slow_disk
+    ) as host:
         host.open_round(1, edge.state(), [0])
         with visiting(host) as session:
 

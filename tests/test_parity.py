@@ -25,15 +25,18 @@ def load(folder):
     return LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("cache", ["run", "none"])
+@pytest.mark.parametrize("encoding", ["factored", "dense"])
 @pytest.mark.parametrize("loss_at", ["auto", "client"])
-def test_remote_equals_local(llava, local_llm, edge, batch, loss_at):
+def test_remote_equals_local(llava, local_llm, edge, items, loss_at, encoding, cache):
+    batch = collate(encode(edge, items))
     model = Model(edge, local_llm, loss_at)
     loss = model.answer_loss(batch)
     loss.backward()
     wanted, logits = gradients(edge), model(batch)
     assert all(gradient.abs().sum() > 0 for gradient in wanted.values())
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        remote = Model(edge, RemoteLLM(session), loss_at)
+        remote = Model(edge, RemoteLLM(session, encoding=encoding, cache=cache), loss_at)
         remote_loss = remote.answer_loss(batch)
         remote_loss.backward()
         came = gradients(edge)

@@ -8,10 +8,9 @@ Source: FedNano 2025 (low-rank adapters on image and text embeddings); Hu et al.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from fedmm.types import LowRank, TokenTerm
+from fedmm.types import LowRank, Part, TokenTerm
 
 
 class NanoAdapter(nn.Module):
@@ -30,9 +29,9 @@ class NanoAdapter(nn.Module):
             self.down.uniform_(-bound, bound, generator=generator)
             self.up.zero_()
 
-    def term(self, x_ND: Float[Tensor, "N D"], positions_N: Int[Tensor, " N"], weight: float) -> LowRank:
-        """What the adapter adds at `positions_N`, where the base is `x_ND`, times `weight`."""
-        return LowRank(x_ND @ self.down.T, self.up, positions_N, weight * self.scale)
+    def term(self, part: Part, weight: float) -> LowRank:
+        """What the adapter adds to a part of the base, times `weight`."""
+        return LowRank(part, part.x_ND @ self.down.T, self.up, weight * self.scale)
 
     def token_term(self, weight: float) -> TokenTerm:
         return TokenTerm(self.down, self.up, weight * self.scale)

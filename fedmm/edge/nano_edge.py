@@ -1,6 +1,6 @@
 """The NanoEdge: image and question in, `Embeds` for the LLM out. Its frozen parts come from the host.
 
-    base = connector(encoder(image)) at image positions, token table elsewhere
+    base = connector(encoder(image)) at image positions, token table at text positions
     out  = base + sum over the adapters in use of (1 / how many) * their low-rank term
 
 Adapters come in named sets: `shared` travels, `local` stays on the client, `frozen` is a copy of shared made on
@@ -17,11 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from fedmm.edge import base
 from fedmm.edge.adapters import NanoAdapter
-from fedmm.types import Batch, Embeds, State, TokenTerm
-
-KINDS = ("image", "text")
-"""The kinds of positions, each with an adapter of its own in every set."""
+from fedmm.types import Batch, Embeds, LowRank, Part, Source, State, TokenTerm
 
 
 @dataclass(frozen=True)
@@ -58,41 +56,50 @@ class NanoEdge(nn.Module):
         self._layer, self._drop_first = layer, drop_first
         width = table_VD.shape[1]
         self.adapters = nn.ModuleDict(
-            {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in KINDS}) for name in sets}
+            {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in base.KINDS}) for name in sets}
         )
         self.lora = bool(lora and lora.rank)
         if lora and lora.rank:
             _inject(self.encoder, self.connector, sets, lora)
 
-    def encode(self, pixels_BCHW: Float[Tensor, "B C H W"]) -> Float[Tensor, "B P E"]:
+    def encode(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M P E"]:
         """The encoder's features of the chosen layers side by side, without the class token where it is dropped."""
-        hidden = self.encoder(pixels_BCHW, output_hidden_states=True).hidden_states
+        hidden = self.encoder(pixels_MCHW, output_hidden_states=True).hidden_states
         layers = [self._layer] if isinstance(self._layer, int) else self._layer
         return torch.cat([hidden[layer][:, 1:] if self._drop_first else hidden[layer] for layer in layers], dim=-1)
 
     def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
         """The embeddings of a batch with the named sets acting together, each with weight 1 / len(use)."""
+        return self.branches(batch, [use])[0], batch.mask_BT
+
+    def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
+        """Embeddings of one batch with one choice of sets after another; they share their base where it is frozen."""
+        bases = [self._base(batch, use) for use in uses] if self.lora else [self._base(batch, ())] * len(uses)
+        shape = tuple(batch.tokens_BT.shape)
+        return [
+            Embeds(shape, parts, self._terms(parts, use), source)
+            for (parts, source), use in zip(bases, uses, strict=True)
+        ]
+
+    def _base(self, batch: Batch, use: Sequence[str]) -> tuple[tuple[Part, ...], Source]:
         if self.lora:
             self._switch(use)
-        if batch.features_BPE is not None:
-            features_BPE = batch.features_BPE
-        else:
-            assert batch.pixels is not None, "a batch holds pixels or features"
-            features_BPE = self.encode(batch.pixels)
-        image_ND = self.connector(features_BPE).flatten(0, 1)
-        text_BTD = nn.functional.embedding(batch.tokens_BT, self.table_VD).to(image_ND.dtype)
-        image_N = batch.image_BT.flatten().nonzero().squeeze(1)
-        text_N = (batch.mask_BT & ~batch.image_BT).flatten().nonzero().squeeze(1)
-        if len(image_N) != len(image_ND):
-            raise ValueError(f"{len(image_N)} image positions for {len(image_ND)} image features")
-        base_ND = text_BTD.flatten(0, 1).index_copy(0, image_N, image_ND)
-        at = {"image": image_N, "text": text_N}
-        terms = [
-            self._adapter(name, kind).term(base_ND[positions_N], positions_N, 1 / len(use))
-            for name in use
-            for kind, positions_N in at.items()
-        ]
-        return Embeds(base_ND.view_as(text_BTD), tuple(terms)), batch.mask_BT
+        features_MPE = self._features(batch)
+        image_N, text_N = base.positions(batch.image_BT, batch.mask_BT)
+        parts = (
+            base.image_part(self.connector, features_MPE, image_N),
+            base.text_part(self.table_VD, batch.tokens_BT, text_N),
+        )
+        return parts, Source(batch.tokens_BT, batch.image_BT, None if self.lora else features_MPE, batch.keys)
+
+    def _terms(self, parts: tuple[Part, ...], use: Sequence[str]) -> tuple[LowRank, ...]:
+        return tuple(self._adapter(name, part.kind).term(part, 1 / len(use)) for name in use for part in parts)
+
+    def _features(self, batch: Batch) -> Float[Tensor, "M P E"]:
+        if batch.features_MPE is not None:
+            return batch.features_MPE
+        assert batch.pixels is not None, "a batch holds pixels or features"
+        return self.encode(batch.pixels)
 
     def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
         """The text adapters in use, as `generate` takes them along."""
@@ -127,7 +134,7 @@ class NanoEdge(nn.Module):
 
     def reset(self, generator: torch.Generator, name: str = "shared") -> None:
         """Start one set: every A drawn from `generator` in the order of names, every B zero."""
-        for kind in KINDS:
+        for kind in base.KINDS:
             self._adapter(name, kind).reset(generator)
         with torch.no_grad():
             for key, parameter in self.trainable(name).items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedmm import tree
 from fedmm.edge.nano_edge import Lora, NanoEdge
@@ -67,26 +68,15 @@ def build(
 
     The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored, and is looked up.
     """
-    from transformers import AutoConfig, AutoModel, AutoProcessor
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+    from transformers import AutoModel
 
-    files = {name.removeprefix("file/"): t for name, t in parts.items() if name.startswith("file/")}
-    if bad := [name for name in files if Path(name).name != name or Path(name).suffix not in _FILES]:
-        raise ValueError(f"the host sent files that are no processor's: {bad}")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, tensor in files.items():
-            (Path(folder) / name).write_bytes(tensor.numpy().tobytes())
-        config = AutoConfig.from_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(folder)
+    config, processor = _files(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
     encoder = AutoModel.from_config(config.vision_config, dtype=torch.float32)
-    connector = LlavaMultiModalProjector(config)
-    for module, name in ((encoder, "encoder/"), (connector, "connector/")):
-        module.load_state_dict({key.removeprefix(name): t for key, t in parts.items() if key.startswith(name)})
+    encoder.load_state_dict(_of("encoder", parts))
     edge = NanoEdge(
         encoder.float(),
-        connector.float(),
-        parts["table"],
+        *build_base(parts),
         layer=config.vision_feature_layer,
         drop_first=config.vision_feature_select_strategy == "default",
         sets=sets,
@@ -95,3 +85,29 @@ def build(
         lora=lora,
     )
     return edge, processor
+
+
+def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[nn.Module, torch.Tensor]:
+    """Connector, in fp32, and token table from what `take` gave: what forms a base, at a client and at the host."""
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    connector = LlavaMultiModalProjector(_files(parts)[0])
+    connector.load_state_dict(_of("connector", parts))
+    return connector.float().eval().requires_grad_(False), parts["table"]
+
+
+def _of(part: str, parts: Mapping[str, torch.Tensor]) -> State:
+    return {key.removeprefix(f"{part}/"): t for key, t in parts.items() if key.startswith(f"{part}/")}
+
+
+def _files(parts: Mapping[str, torch.Tensor]) -> tuple[Any, ProcessorMixin]:
+    """Config and processor, from the files among the parts. Raises ValueError where they are no processor's."""
+    from transformers import AutoConfig, AutoProcessor
+
+    files = {name.removeprefix("file/"): t for name, t in parts.items() if name.startswith("file/")}
+    if bad := [name for name in files if Path(name).name != name or Path(name).suffix not in _FILES]:
+        raise ValueError(f"the host sent files that are no processor's: {bad}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tensor in files.items():
+            (Path(folder) / name).write_bytes(tensor.numpy().tobytes())
+        return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedmm import codecs
+from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.types import IGNORE, Batch, Example
 
@@ -29,6 +31,7 @@ class Prepared:
     truth: str
     pixels: Tensor | None = None
     features: Tensor | None = None
+    key: bytes = b""  # of the features
 
 
 def prepare(examples: Sequence[Example], processor: ProcessorMixin, prompt: str) -> list[Prepared]:
@@ -59,12 +62,19 @@ def prepare(examples: Sequence[Example], processor: ProcessorMixin, prompt: str)
 
 
 @torch.no_grad()
-def encode(edge: NanoEdge, items: Sequence[Prepared]) -> list[Prepared]:
-    """Put features in the place of pixels, which is exact while the encoder is frozen."""
+def encode(edge: NanoEdge, items: Sequence[Prepared], codec: codecs.Codec = "none") -> list[Prepared]:
+    """Put features in the place of pixels, which is exact while the encoder is frozen, and so is what follows.
+
+    With another codec than none they are rounded here, once, to what travels and is kept.
+    """
     pixels = torch.cat([item.pixels for item in items if item.pixels is not None])
     features = torch.cat([edge.encode(chunk) for chunk in pixels.split(ENCODE_AT_ONCE)])
     parts = features.split([len(item.pixels) for item in items if item.pixels is not None])
-    return [replace(item, pixels=None, features=part.clone()) for item, part in zip(items, parts, strict=True)]
+    own = [codecs.rounded(part, codec).clone() for part in parts]  # a sample at a time, as they travel
+    return [
+        replace(item, pixels=None, features=features_IPE, key=base.key_of(features_IPE))
+        for item, features_IPE in zip(items, own, strict=True)
+    ]
 
 
 def collate(items: Sequence[Prepared], *, answers: bool = True) -> Batch:
@@ -92,7 +102,8 @@ def collate(items: Sequence[Prepared], *, answers: bool = True) -> Batch:
         keep_BA=keep_BA,
         labels_BA=labels_BA,
         pixels=torch.cat(pixels) if pixels else None,
-        features_BPE=torch.cat(features) if features else None,
+        features_MPE=torch.cat(features) if features else None,
+        keys=tuple(item.key for item in items) if features else None,
     )
 
 

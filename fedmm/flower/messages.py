@@ -30,7 +30,9 @@ def read_who(reply: Message) -> int:
 def send_order(order: Order, node: int) -> Message:
     """A round's work for one client: `train`, or `evaluate` where it is only scored."""
     values = {**vars(order), "overrides": list(order.overrides)}
-    values |= {"identity": json.dumps(vars(order.identity)) if order.identity else ""}
+    values |= {
+        "identity": json.dumps(vars(order.identity) if order.identity else None)
+    }  # Flower counts no empty string
     record = ConfigRecord(values)
     kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
     return Message(RecordDict({_RECORD: record}), dst_node_id=node, message_type=kind)
@@ -38,7 +40,8 @@ def send_order(order: Order, node: int) -> Message:
 
 def read_order(message: Message) -> Order:
     record: dict[str, Any] = dict(message.content.config_records[_RECORD])
-    identity = Identity(**json.loads(record["identity"])) if record["identity"] else None
+    shown = json.loads(record["identity"])
+    identity = Identity(**shown) if shown else None
     return Order(**{**record, "overrides": tuple(record["overrides"]), "identity": identity})
 
 

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedmm import seeds, tree
 from fedmm.edge import parts as edge_parts
 from fedmm.flower import messages
+from fedmm.llm.features import Features
 from fedmm.llm.host import Host, Traffic
 from fedmm.llm.loading import Backbone
 from fedmm.llm.local import LocalLLM
@@ -28,6 +29,7 @@ from fedmm.runs import table
 from fedmm.runs.client import Order, Report, build_edge, initial_state
 from fedmm.runs.config import Config, encrypted, make
 from fedmm.runs.folder import RunFolder
+from fedmm.store import Store
 from fedmm.types import FedmmError, State
 
 log = logging.getLogger("fedmm")
@@ -64,7 +66,13 @@ def find_clients(grid: Grid, clients: int, wait_seconds: float) -> dict[int, int
 
 
 def run_arm(
-    grid: Grid, nodes: Mapping[int, int], cfg: Config, overrides: list[str], backbone: Backbone, folder: RunFolder
+    grid: Grid,
+    nodes: Mapping[int, int],
+    cfg: Config,
+    overrides: list[str],
+    backbone: Backbone,
+    folder: RunFolder,
+    store: Store,
 ) -> None:
     """Run one arm from where its folder stands to its summary. A finished arm is left as it is."""
     if folder.finished:
@@ -84,6 +92,7 @@ def run_arm(
         LocalLLM(backbone.model),
         card=card,
         edge=parts,
+        features=Features(*edge_parts.build_base(parts), store if cfg.link.cache == "run" else None),
         on_update=arrived,
         authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedmm.llm.loading import Backbone
 from fedmm.runs import config, report
 from fedmm.runs.client import partition, splits
 from fedmm.runs.folder import RunFolder, alone, check_folder
+from fedmm.store import Store
 
 app = ServerApp()
 
@@ -69,14 +71,21 @@ def _run(grid: Grid, arms: list[Arm], backbone: Backbone) -> Path:
     try:
         top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
         nodes = find_clients(grid, arms[0].cfg.clients, arms[0].cfg.run.wait_seconds)
-        for arm, folder in zip(arms, folders, strict=True):
-            run_arm(grid, nodes, arm.cfg, arm.overrides, backbone, folder)
+        with closing(_feature_store(arms[0].cfg, top.path)) as store:
+            for arm, folder in zip(arms, folders, strict=True):
+                run_arm(grid, nodes, arm.cfg, arm.overrides, backbone, folder, store)
         report.write(top.path)
         top.event("finished", report=str(top.path / "report.html"))
     except BaseException as error:
         top.event("failed", error=f"{type(error).__name__}: {error}")
         raise
     return top.path
+
+
+def _feature_store(cfg: config.Config, path: Path) -> Store:
+    """Where clients leave their samples' features: for all arms of the run, and gone with it."""
+    memory_bytes, disk_bytes = cfg.link.cache_memory_mb << 20, cfg.link.cache_disk_mb << 20
+    return Store(memory_bytes=memory_bytes, folder=path / "features", disk_bytes=disk_bytes, ephemeral=True)
 
 
 def _check_partition(cfg: config.Config) -> None:

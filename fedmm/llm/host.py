@@ -23,11 +23,13 @@ import grpc
 import torch
 from torch import Tensor
 
-from fedmm import tree
-from fedmm.llm import tls, wire
+from fedmm import codecs, tree
+from fedmm.codecs import Feedback
+from fedmm.llm import reading, tls, wire
+from fedmm.llm.features import Features, FeaturesMissing
 from fedmm.llm.local import LocalLLM
-from fedmm.losses import answer_cross_entropy
-from fedmm.types import IGNORE, Embeds, FedmmError, State, TokenTerm, Update
+from fedmm.llm.reading import Reader
+from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
@@ -51,14 +53,16 @@ class _Visit:
     client: int
     round: int
     context: grpc.ServicerContext
-    pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pending: dict[int, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
+    feedback: Feedback = field(default_factory=Feedback)
 
 
 class Host:
     """Serves a LocalLLM and the round's state over gRPC from construction until `close`.
 
     `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
-    makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them.
+    makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them;
+    `features` forms the base of factored steps.
     With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
@@ -68,6 +72,7 @@ class Host:
         *,
         card: Mapping[str, Any],
         edge: State,
+        features: Features,
         on_update: Callable[[int, Update], None],
         authority: tls.Authority | None = None,
         bind: str = "127.0.0.1:0",
@@ -79,6 +84,8 @@ class Host:
     ) -> None:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
+        self._features = features
+        self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features)
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._wait_seconds = deadline_seconds / 2  # for a slot: whoever waits must hear of it before giving up
         self._authority = authority
@@ -97,10 +104,14 @@ class Host:
             "edge": self._send_edge,
             "state": self._send_state,
             "update": self._take_update,
+            "known": self._known,
+            "features": self._keep_features,
             "forward": self._forward,
             "backward": self._backward,
             "loss": self._loss,
+            "squares": self._squares,
             "generate": self._generate,
+            "echo": self._echo,
         }
         self._server = grpc.server(
             ThreadPoolExecutor(sessions, thread_name_prefix="fedmm-host"),
@@ -220,6 +231,8 @@ class Host:
             if verb is None:
                 raise ValueError(f"unknown verb {frame.verb[:32]!r}; this host knows {', '.join(self._verbs)}")
             return verb(visit, frame, traffic)
+        except FeaturesMissing as error:
+            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "missing": error.rows})
         except ValueError as error:
             log.warning("refused %.32s of client %d: %s", frame.verb, visit.client, error)
             return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}"[:4096]})
@@ -255,83 +268,94 @@ class Host:
         traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
         return wire.Frame("update")
 
+    # ---- verbs: once a sample --------------------------------------------------------------------------------------
+
+    def _known(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        keys_BK = reading.tensor(frame.tensors, "keys", (None, None))
+        missing_B = torch.zeros(len(keys_BK), dtype=torch.bool)
+        missing_B[self._features.missing(visit.client, keys_BK)] = True
+        return wire.Frame("known", {}, {"missing": missing_B})
+
+    def _keep_features(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
+        keys_BK = reading.tensor(tensors, "keys", (None, None))
+        features = [
+            reading.tensor(tensors, f"features.{i}", (None, None, None), floating=True) for i in range(len(keys_BK))
+        ]
+        self._features.keep(visit.client, keys_BK, features)
+        return wire.Frame("features")
+
     # ---- verbs: every step -----------------------------------------------------------------------------------------
 
+    def _echo(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        """What came, so that a benchmark can tell the link's own time."""
+        return wire.Frame("echo", {}, frame.tensors)
+
     def _forward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        embeds_BTD, mask_BT, keep_BA, _ = self._inputs(frame, labels=False)
-        step, grad = _integer(frame, "step"), bool(frame.meta.get("grad"))
-        if grad and len(visit.pending) >= self._pending_limit:
+        step = self._read.step(frame, visit.client)
+        keep_BA, number = self._read.keep(frame, step.mask_BT), reading.integer(frame, "step")
+        if len(step.branches) != 1:
+            raise ValueError(f"forward takes one branch, got {len(step.branches)}")
+        if step.leaves and len(visit.pending) >= self._pending_limit:
             raise ValueError(
                 f"{len(visit.pending)} steps wait for their backward, at most {self._pending_limit}; "
                 "call backward, use no_grad, or raise link.pending"
             )
-        with self._computing(traffic), torch.set_grad_enabled(grad):
-            leaf_BTD = embeds_BTD.requires_grad_(grad)
-            logits_BAV = self._llm(Embeds(leaf_BTD), mask_BT, keep_BA)
-        if grad:
-            visit.pending[step] = (leaf_BTD, logits_BAV)
-        return wire.Frame("forward", {}, {"logits": logits_BAV.cpu()})
+        with self._computing(traffic), torch.set_grad_enabled(bool(step.leaves)):
+            logits_BAV = self._llm(step.branches[0], step.mask_BT, keep_BA)
+        if step.leaves:
+            visit.pending[number] = (step.leaves, logits_BAV)
+        return self._written("forward", {"logits": logits_BAV}, frame, visit)
 
     def _backward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = _integer(frame, "step")
-        if step not in visit.pending:
-            raise ValueError(f"no forward of step {step} waits for its backward")
-        leaf_BTD, logits_BAV = visit.pending.pop(step)
-        grad_BAV = _tensor(frame, "grad", tuple(logits_BAV.shape), floating=True)
+        number = reading.integer(frame, "step")
+        if number not in visit.pending:
+            raise ValueError(f"no forward of step {number} waits for its backward")
+        leaves, logits_BAV = visit.pending.pop(number)
+        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
+        grad_BAV = reading.tensor(tensors, "grad", tuple(logits_BAV.shape), floating=True)
         with self._computing(traffic):
-            (grad_BTD,) = torch.autograd.grad(logits_BAV, leaf_BTD, grad_BAV.to(logits_BAV))
-        return wire.Frame("backward", {}, {"grad": grad_BTD.cpu()})
+            grads = _gradients(logits_BAV, leaves, grad_BAV.to(logits_BAV))
+        return self._written("backward", grads, frame, visit)
 
     def _loss(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        embeds_BTD, mask_BT, keep_BA, labels_BA = self._inputs(frame, labels=True)
-        grad = bool(frame.meta.get("grad"))
-        with self._computing(traffic), torch.set_grad_enabled(grad):
-            leaf_BTD = embeds_BTD.requires_grad_(grad)
-            logits_BAV = self._llm(Embeds(leaf_BTD), mask_BT, keep_BA)
-            loss = answer_cross_entropy(logits_BAV, labels_BA.to(logits_BAV.device))
-            tensors = {"loss": loss.detach().cpu()}
-            if grad:
-                tensors["grad"] = torch.autograd.grad(loss, leaf_BTD)[0].cpu()
-        return wire.Frame("loss", {}, tensors)
+        step = self._read.step(frame, visit.client)
+        keep_BA = self._read.keep(frame, step.mask_BT)
+        labels_BA, mutual = self._read.labels(frame, keep_BA), self._read.mutual(frame, len(step.branches))
+        reduction = frame.meta.get("reduction", "mean")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {str(reduction)[:32]!r}")
+        with self._computing(traffic), torch.set_grad_enabled(bool(step.leaves)):
+            losses = torch.stack(
+                self._llm.losses(step.branches, step.mask_BT, keep_BA, labels_BA, mutual, reduction=reduction)
+            )
+            grads = _gradients(losses.sum(), step.leaves)
+        return self._written("loss", {"losses": losses} | grads, frame, visit)
+
+    def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
+        step = self._read.step(frame, visit.client)
+        keep_BA = self._read.keep(frame, step.mask_BT)
+        with self._computing(traffic):
+            found = self._llm.squares(step.branches[0], step.mask_BT, keep_BA, self._read.labels(frame, keep_BA))
+        tensors = {f"grad/h.{i}": grad_NR for i, (grad_NR, _) in enumerate(found.terms)}
+        tensors |= {f"squares.{i}": squares_DR for i, (_, squares_DR) in enumerate(found.terms)}
+        if found.image_ND is not None:
+            tensors["grad/image_part"] = found.image_ND
+        return self._written("squares", tensors, frame, visit)
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        embeds_BTD, mask_BT, _, _ = self._inputs(frame, labels=False, keep=False)
-        scales, width = frame.meta.get("scales"), self._llm.width
-        if not isinstance(scales, list) or not all(isinstance(scale, int | float) for scale in scales):
-            raise ValueError(f"scales must be a list of numbers, got {scales!r}")
-        terms = []
-        for i, scale in enumerate(scales):
-            down_RD = _tensor(frame, f"down.{i}", (None, width), floating=True)
-            up_DR = _tensor(frame, f"up.{i}", (width, down_RD.shape[0]), floating=True)
-            terms.append(TokenTerm(down_RD, up_DR, float(scale)))
-        max_tokens = _integer(frame, "max_tokens")
+        step = self._read.step(frame, visit.client)
+        terms, max_tokens = self._read.token_terms(frame), reading.integer(frame, "max_tokens")
         if not 1 <= max_tokens <= 1024:
             raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
         with self._computing(traffic):
-            tokens_BN = self._llm.generate(Embeds(embeds_BTD), mask_BT, terms, max_tokens)
+            tokens_BN = self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens)
         return wire.Frame("generate", {}, {"tokens": tokens_BN})
 
-    def _inputs(self, frame: wire.Frame, *, labels: bool, keep: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Embeddings, mask, answer positions and labels of a step, each checked; what was not asked for is empty."""
-        embeds_BTD = _tensor(frame, "embeds", (None, None, self._llm.width), floating=True)
-        B, T = embeds_BTD.shape[:2]
-        if self._llm.positions < T:
-            raise ValueError(f"{T} positions, the LLM has {self._llm.positions}; shorten the questions")
-        mask_BT = _tensor(frame, "mask", (B, T), dtype=torch.bool)
-        if not (B and T) or not mask_BT.any(1).all():
-            raise ValueError(f"every row needs at least one position, got embeds {tuple(embeds_BTD.shape)}")
-        keep_BA = labels_BA = torch.empty(0, dtype=torch.int64)
-        if keep:
-            keep_BA = _tensor(frame, "keep", (B, None), dtype=torch.int64)
-            if not 1 <= keep_BA.shape[1] <= T:
-                raise ValueError(f"'keep' names {keep_BA.shape[1]} positions a row, wanted 1 to {T}")
-            _within(keep_BA, "keep", 0, T)
-        if labels:
-            labels_BA = _tensor(frame, "labels", tuple(keep_BA.shape), dtype=torch.int64)
-            _within(labels_BA[labels_BA != IGNORE], "labels", 0, self._llm.vocabulary)
-            if (labels_BA == IGNORE).all():
-                raise ValueError("labels hold no answer token")
-        return embeds_BTD, mask_BT, keep_BA, labels_BA
+    def _written(self, verb: str, tensors: State, frame: wire.Frame, visit: _Visit) -> wire.Frame:
+        """An answer in the codecs that the client asked for."""
+        words = codecs.named(frame.meta.get("codecs"))
+        return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback))
 
     def _computing(self, traffic: Traffic) -> _Computing:
         return _Computing(self._slots, traffic, self._wait_seconds)
@@ -371,7 +395,7 @@ def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
         if part not in parts:
             raise ValueError(f"unknown tensor {name!r}; an update holds delta/... and fisher/...")
         parts[part][key] = tensor
-    count = _integer(frame, "num_examples")
+    count = reading.integer(frame, "num_examples")
     if not 1 <= count < 1 << 31:
         raise ValueError(f"num_examples must be at least 1 and below 2^31, got {str(count)[:12]}")
     has_fisher = bool(frame.meta.get("fisher"))
@@ -383,47 +407,14 @@ def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
     if any((tensor < 0).any() for tensor in parts["fisher"].values()):
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
     metrics = frame.meta.get("metrics", {})
-    if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(_is_number, metrics.values())):
+    if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(reading.number, metrics.values())):
         raise ValueError(f"metrics must be finite numbers by name, got {str(metrics)[:200]}")
     return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53  # false for NaN
-
-
-def _integer(frame: wire.Frame, key: str) -> int:
-    value = frame.meta.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be an integer, got {value!r}")
-    return value
-
-
-def _tensor(
-    frame: wire.Frame,
-    name: str,
-    shape: tuple[int | None, ...],
-    *,
-    dtype: torch.dtype | None = None,
-    floating: bool = False,
-) -> Tensor:
-    """The tensor `name` of a frame, of this shape (None: any size) and kind; what floats must be finite."""
-    tensor = frame.tensors.get(name)
-    if tensor is None:
-        raise ValueError(f"tensor {name!r} is missing")
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, came) for want, came in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = tuple("any" if size is None else size for size in shape)
-        raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, wanted {wanted}")
-    if (dtype and tensor.dtype != dtype) or (floating and not tensor.is_floating_point()):
-        raise ValueError(f"{name!r} is {tensor.dtype}, wanted {dtype or 'a floating type'}")
-    if floating and not torch.isfinite(tensor).all():
-        raise ValueError(f"{name!r} is not finite; lower the learning rate or clip gradients")
-    return tensor
-
-
-def _within(values: Tensor, name: str, low: int, high: int) -> None:
-    if values.numel() and not (low <= int(values.min()) and int(values.max()) < high):
-        raise ValueError(f"{name!r} must lie in [{low}, {high}), got [{int(values.min())}, {int(values.max())}]")
+def _gradients(value: Tensor, leaves: Mapping[str, Tensor], grad: Tensor | None = None) -> State:
+    """The gradients by the leaves, as tensors of an answer."""
+    if not leaves:
+        return {}
+    found = torch.autograd.grad(value, list(leaves.values()), grad, materialize_grads=True)
+    return {f"grad/{name}": tensor for name, tensor in zip(leaves, found, strict=True)}

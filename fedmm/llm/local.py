@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedmm.losses import answer_cross_entropy
-from fedmm.types import Embeds, TokenTerm
+from fedmm.losses import Mutual, answer_cross_entropy, branch_losses
+from fedmm.types import Embeds, Squares, TokenTerm
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -47,15 +47,34 @@ class LocalLLM:
         rows_B1 = torch.arange(len(keep_BA), device=self.device)[:, None]
         return self.head(hidden_BTD[rows_B1, keep_BA.to(self.device)]).float()
 
-    def answer_loss(
+    def losses(
+        self,
+        branches: Sequence[Embeds],
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+        mutual: Mutual | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> tuple[Float[Tensor, ""], ...]:
+        """The loss of each branch (`fedmm.losses.branch_losses`), differentiable by its own embeddings."""
+        logits = [self(embeds, mask_BT, keep_BA) for embeds in branches]
+        return branch_losses(logits, labels_BA.to(self.device), mutual, reduction)
+
+    def squares(
         self,
         embeds: Embeds,
         mask_BT: Bool[Tensor, "B T"],
         keep_BA: Int[Tensor, "B A"],
         labels_BA: Int[Tensor, "B A"],
-    ) -> Float[Tensor, ""]:
-        """Mean cross-entropy over the answer tokens."""
-        return answer_cross_entropy(self(embeds, mask_BT, keep_BA), labels_BA.to(self.device))
+    ) -> Squares:
+        """What a diagonal Fisher of `log p(answer)`, summed over each sample's answer tokens, needs of the LLM."""
+        with torch.enable_grad():
+            base_BTD = embeds.dense().detach().requires_grad_()
+            logits_BAV = self(Embeds.whole(base_BTD), mask_BT, keep_BA)
+            loss = answer_cross_entropy(logits_BAV, labels_BA.to(self.device), reduction="sum")
+            (grad_BTD,) = torch.autograd.grad(loss, base_BTD)
+        return embeds.squares(grad_BTD)
 
     @torch.no_grad()
     def generate(

@@ -1,17 +1,20 @@
 """The client's end of the link: a session, and the LLM as a callable that is differentiable across it.
 
-`RemoteLLM` is called like `LocalLLM`. Its backward is a call: the logits' gradient goes up, the embeddings' comes
-down. `answer_loss` is one round trip: labels up, loss and gradient down. This file knows neither host nor LLM.
+`RemoteLLM` is called like `LocalLLM`. Its backward is a call: the logits' gradient goes up, those of its inputs come
+down. `losses` is one round trip: labels up, losses and gradients down. What of a step travels stands in `reading.py`,
+which is its other end. This file knows neither host nor LLM.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -19,8 +22,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedmm.codecs import Codecs, read, write
 from fedmm.llm import tls, wire
-from fedmm.types import Embeds, FedmmError, TokenTerm
+from fedmm.losses import Mutual
+from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, TokenTerm
+
+_REFILLS = 3  # times that a step is sent again because features were lost in between
 
 
 class HostGone(FedmmError):
@@ -29,6 +36,14 @@ class HostGone(FedmmError):
 
 class HostRefused(FedmmError):
     """The host answered that it will not do this, and why. The session lives on."""
+
+
+class FeaturesGone(HostRefused):
+    """The host has lost features that it held; `rows` are the samples whose. They can be sent again."""
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Session:
@@ -84,6 +99,8 @@ class Session:
             raise reply
         self.received_bytes[verb] += reply.wire_bytes
         self.wait_seconds += time.perf_counter() - began
+        if reply.verb == "error" and "missing" in reply.meta:
+            raise FeaturesGone(str(reply.meta["message"]), list(reply.meta["missing"]))
         if reply.verb == "error":
             raise HostRefused(str(reply.meta["message"]))
         if reply.verb != verb:
@@ -135,66 +152,200 @@ def _dial(address: str, identity: tls.Identity | None) -> grpc.Channel:
 
 
 class RemoteLLM:
-    """The frozen LLM across a session; the same callable as LocalLLM, and the same bits in fp32 on CPU."""
+    """The frozen LLM across a session; the same callable as LocalLLM, and the same bits in fp32 on CPU.
 
-    def __init__(self, session: Session) -> None:
+    With `encoding` factored a step carries names of its samples' features, h and B of each low-rank term, and brings
+    their gradients back; `dense` carries embeddings and theirs. With `cache` none features go up with every step.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        encoding: str = "factored",
+        cache: str = "run",
+        codecs: Codecs | None = None,
+    ) -> None:
         self._session = session
+        self._encoding, self._cache, self._codecs = encoding, cache, codecs or Codecs()
         self._steps = itertools.count()
+        self._held: set[str] = set()  # keys of features that the host has said it holds
 
     def __call__(
         self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], keep_BA: Int[Tensor, "B A"]
     ) -> Float[Tensor, "B A V"]:
         """Logits at `keep_BA`: one round trip, and one more in the backward. Under no_grad the host keeps nothing."""
-        return _Forward.apply(embeds.dense(), mask_BT, keep_BA, self._session, next(self._steps))
+        step = self._pack([embeds], mask_BT)
+        return _Forward.apply(self, step, step.wanted(), keep_BA, *step.inputs.values())
 
-    def answer_loss(
+    def losses(
+        self,
+        branches: Sequence[Embeds],
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+        mutual: Mutual | None = None,
+    ) -> tuple[Float[Tensor, ""], ...]:
+        """The loss of each branch, with its gradients, in one round trip."""
+        step = self._pack(branches, mask_BT)
+        grads = step.wanted()
+        about = {"weights": list(mutual.weights), "temperature": mutual.temperature} if mutual else {}
+        found = self._send("loss", step, {"keep": keep_BA, "labels": labels_BA}, grads=grads, **about)
+        losses = []
+        for loss, names in zip(found["losses"], step.by_branch, strict=True):
+            wanted = [name for name in names if name in grads]
+            given = [found[f"grad/{name}"] for name in wanted]
+            losses.append(_Known.apply(loss, given, *(step.inputs[name] for name in wanted)) if wanted else loss)
+        return tuple(losses)
+
+    def squares(
         self,
         embeds: Embeds,
         mask_BT: Bool[Tensor, "B T"],
         keep_BA: Int[Tensor, "B A"],
         labels_BA: Int[Tensor, "B A"],
-    ) -> Float[Tensor, ""]:
-        """Mean cross-entropy over the answer tokens, and its gradient, in one round trip."""
-        return _AnswerLoss.apply(embeds.dense(), mask_BT, keep_BA, labels_BA, self._session)
+    ) -> Squares:
+        """What a diagonal Fisher needs of the LLM, in one round trip."""
+        step, answers = self._pack([embeds], mask_BT), {"keep": keep_BA, "labels": labels_BA}
+        if "whole.0" in step.inputs:
+            return embeds.squares(self._send("loss", step, answers, grads=["whole.0"], reduction="sum")["grad/whole.0"])
+        found = self._send("squares", step, answers)
+        terms = tuple((found[f"grad/h.{i}"], found[f"squares.{i}"]) for i in range(len(embeds.terms)))
+        return Squares(terms, found.get("grad/image_part"))
 
     def generate(
         self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], terms: Sequence[TokenTerm], max_tokens: int
     ) -> Int[Tensor, "B N"]:
         """Greedy answers, made at the host; the text adapters go up so that new tokens pass them too."""
-        tensors = {"embeds": embeds.dense(), "mask": mask_BT}
+        adapters: dict[str, Tensor] = {}
         for i, term in enumerate(terms):
-            tensors |= {f"down.{i}": term.down_RD, f"up.{i}": term.up_DR}
+            adapters |= {f"token_down.{i}": term.down_RD, f"token_up.{i}": term.up_DR}
         scales = [term.scale for term in terms]
-        return self._session.call("generate", tensors, scales=scales, max_tokens=max_tokens).tensors["tokens"]
+        step = self._pack([embeds], mask_BT)
+        return self._send("generate", step, adapters, scales=scales, max_tokens=max_tokens)["tokens"]
+
+    def _pack(self, branches: Sequence[Embeds], mask_BT: Tensor) -> _Step:
+        source = branches[0].source
+        trained = source is not None and source.features_MPE is None
+        if self._encoding == "dense" or source is None or (trained and len(branches) > 1):  # nothing to share
+            return _dense_step(branches, mask_BT)
+        return _factored_step(branches, mask_BT, source, named=self._cache == "run")
+
+    def _send(self, verb: str, step: _Step, others: Mapping[str, Tensor], /, **meta: Any) -> State:
+        """One round trip; where the host lacks features, they go up first, and again if it has lost them since."""
+        tensors = {**step.fixed, **step.inputs, **others}
+        for _ in range(_REFILLS):
+            self._fill(step)
+            try:
+                return self._call(verb, tensors, **step.meta, **meta)
+            except FeaturesGone as gone:
+                self._held -= {step.keys[row].hex() for row in gone.rows}
+        raise HostRefused(
+            f"the host could not hold the features of {len(step.keys)} samples at once; raise link.cache_memory_mb or "
+            "link.cache_disk_mb there, or lower batch_size"
+        )
+
+    def _backward(self, grad_BAV: Tensor, number: int) -> State:
+        return self._call("backward", {"grad": grad_BAV}, step=number)
+
+    def _call(self, verb: str, tensors: Mapping[str, Tensor], **meta: Any) -> State:
+        words = {"codecs": list(dataclasses.astuple(self._codecs))} if self._codecs != Codecs() else {}
+        return read(self._session.call(verb, write(tensors, self._codecs), **meta, **words).tensors, self._codecs)
+
+    def _fill(self, step: _Step) -> None:
+        """Leave with the host what it does not hold of this step's features; asked once a sample and session."""
+        new = [row for row, key in enumerate(step.keys) if key.hex() not in self._held]
+        if not new:
+            return
+        keys_BK = _keys_of([step.keys[row] for row in new])
+        lacks_B = self._call("known", {"keys": keys_BK})["missing"]
+        missing = [row for row, lacks in zip(new, lacks_B.tolist(), strict=True) if lacks]
+        if missing:
+            features = {f"features.{i}": step.features[row] for i, row in enumerate(missing)}
+            self._call("features", features | {"keys": _keys_of([step.keys[row] for row in missing])})
+        self._held |= {step.keys[row].hex() for row in new}
 
 
-class _Forward(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Step:
+    """A step on its way up: tensors without gradients, those with (`inputs`), which of these each branch uses."""
+
+    fixed: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    by_branch: list[list[str]]
+    meta: dict[str, Any]
+    keys: tuple[bytes, ...] = ()
+    features: tuple[Tensor, ...] = ()  # by sample, as the keys
+
+    def wanted(self) -> list[str]:
+        """The inputs whose gradients are wanted: none under no_grad, when the host need keep nothing."""
+        return [name for name, tensor in self.inputs.items() if tensor.requires_grad and torch.is_grad_enabled()]
+
+
+def _dense_step(branches: Sequence[Embeds], mask_BT: Tensor) -> _Step:
+    inputs = {f"whole.{i}": embeds.dense() for i, embeds in enumerate(branches)}
+    return _Step({"mask": mask_BT}, inputs, [[name] for name in inputs], {"branches": len(branches)})
+
+
+def _factored_step(branches: Sequence[Embeds], mask_BT: Tensor, source: Source, *, named: bool) -> _Step:
+    fixed = {"mask": mask_BT, "tokens": source.tokens_BT.to(torch.int32), "image": source.image_BT}
+    first: dict[str, Tensor] = {}
+    keys: tuple[bytes, ...] = ()
+    if source.features_MPE is None:
+        first["image_part"] = next(part.x_ND for part in branches[0].parts if part.kind == "image")
+    elif named and source.keys is not None:
+        keys = source.keys
+        fixed["keys"] = _keys_of(keys)
+    else:
+        fixed["features"] = source.features_MPE
+    inputs, by_branch, terms = dict(first), [], [term for embeds in branches for term in embeds.terms]
+    numbers = itertools.count()
+    for embeds in branches:
+        own = {
+            f"{name}.{i}": t for term, i in zip(embeds.terms, numbers, strict=False) for name, t in _of(term).items()
+        }
+        inputs |= own
+        by_branch.append([*first, *own])
+    meta = {
+        "terms": [[term.part.kind, term.scale] for term in terms],
+        "branches": [len(embeds.terms) for embeds in branches],
+    }
+    return _Step(fixed, inputs, by_branch, meta, keys, source.by_sample() if keys else ())
+
+
+def _of(term: LowRank) -> dict[str, Tensor]:
+    return {"h": term.h_NR, "up": term.up_DR}
+
+
+def _keys_of(keys: Sequence[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), -1)
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients came with it."""
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, embeds_BTD: Tensor, mask_BT: Tensor, keep_BA: Tensor, session: Session, step: int
-    ) -> Tensor:
-        ctx.session, ctx.step = session, step
-        tensors = {"embeds": embeds_BTD, "mask": mask_BT, "keep": keep_BA}
-        return session.call("forward", tensors, step=step, grad=ctx.needs_input_grad[0]).tensors["logits"]
-
-    @staticmethod
-    def backward(ctx: Any, grad_BAV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        reply = ctx.session.call("backward", {"grad": grad_BAV}, step=ctx.step)
-        return reply.tensors["grad"], None, None, None, None
-
-
-class _AnswerLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, embeds_BTD: Tensor, mask_BT: Tensor, keep_BA: Tensor, labels_BA: Tensor, session: Session
-    ) -> Tensor:
-        tensors = {"embeds": embeds_BTD, "mask": mask_BT, "keep": keep_BA, "labels": labels_BA}
-        reply = session.call("loss", tensors, grad=ctx.needs_input_grad[0])
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(reply.tensors["grad"])
-        return reply.tensors["loss"]
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*grads)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (grad_BTD,) = ctx.saved_tensors
-        return grad * grad_BTD, None, None, None, None
+        return None, None, *(grad * given for given in ctx.saved_tensors)
+
+
+class _Forward(torch.autograd.Function):
+    """Logits whose backward is a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, llm: RemoteLLM, step: _Step, wanted: list[str], keep_BA: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.llm, ctx.number = llm, next(llm._steps)
+        ctx.names = [name if name in wanted else None for name in step.inputs]
+        return llm._send("forward", step, {"keep": keep_BA}, step=ctx.number, grads=wanted)["logits"]
+
+    @staticmethod
+    def backward(ctx: Any, grad_BAV: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        found = ctx.llm._backward(grad_BAV, ctx.number)
+        return None, None, None, None, *(found[f"grad/{name}"] if name else None for name in ctx.names)

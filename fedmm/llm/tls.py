@@ -1,4 +1,4 @@
-"""Certificates of one run: made in memory by the host, handed to each client in the server's message, gone with the run.
+"""Certificates of one run: made by the host in memory, handed to each client in a Flower message, gone with the run.
 
 Both ends show one. A client's holds its number, so that a certificate without its token, or a token without its
 certificate, opens nothing. The host's name is not its address: clients reach it by whatever address works for them.
@@ -47,9 +47,7 @@ class Authority:
         )
         return Identity(_pem(self._certificate), _pem(self._sign(name, key.public_key(), usage)), secret.decode())
 
-    def _sign(
-        self, name: str, key: ec.EllipticCurvePublicKey, usage: x509.ObjectIdentifier | None
-    ) -> x509.Certificate:
+    def _sign(self, name: str, key: ec.EllipticCurvePublicKey, usage: x509.ObjectIdentifier | None) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()

@@ -213,7 +213,7 @@ def _allocate(name: str, entry: Mapping[str, Any], size_bytes: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _object(raw: bytes, what: str) -> dict[str, Any]:

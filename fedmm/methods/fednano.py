@@ -18,10 +18,9 @@ from torch import Tensor
 
 from fedmm import tree
 from fedmm.edge.prepare import Prepared, collate
-from fedmm.losses import answer_cross_entropy
 from fedmm.methods.lora import lora
 from fedmm.model import Model
-from fedmm.types import Batch, Embeds, State, Step
+from fedmm.types import Batch, Embeds, Part, Squares, State, Step
 
 
 def fednano_ef(model: Model, batch: Batch, step: Step) -> Iterator[Tensor]:
@@ -43,8 +42,8 @@ def diagonal_fisher(
 ) -> State:
     """The diagonal Fisher at the trained adapters over the first `samples` of the client's examples (None: all).
 
-    Through the LLM goes one batch at a time; the edge's share of each sample's gradient is taken alone, so that it
-    can be squared alone. Costs one more pass over the data.
+    The LLM gives, in one pass a batch, each term's gradient by h and the sum over samples of the squared one by B.
+    A's is formed here, where h is: `dL_i/dA = (dL_i/dh)^T x`, sample by sample. Costs one more pass over the data.
     """
     parameters = model.edge.trainable("shared")
     total: State = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -52,22 +51,40 @@ def diagonal_fisher(
     for start in range(0, len(items), batch_size):
         chunk = items[start : start + batch_size]
         whole = collate(chunk)
-        T = whole.tokens_BT.shape[1]
-        singles = [_padded(model, item, T) for item in chunk]
-        joined_BTD = torch.cat([single.detach() for single in singles]).requires_grad_()
-        logits_BAV = model.llm(Embeds(joined_BTD), whole.mask_BT, whole.keep_BA)
-        nll = answer_cross_entropy(logits_BAV, whole.labels_BA, reduction="sum")
-        (grad_BTD,) = torch.autograd.grad(nll, joined_BTD)
-        for b, single in enumerate(singles):
-            grads = torch.autograd.grad(single, list(parameters.values()), grad_BTD[b : b + 1], allow_unused=True)
-            for name, grad in zip(parameters, grads, strict=True):
-                if grad is not None:
-                    total[name] += grad.pow(2)
+        with torch.no_grad():
+            embeds, mask_BT = model.edge(whole)
+        found = model.llm.squares(embeds, mask_BT, whole.keep_BA, whole.labels_BA)
+        for term, (grad_NR, squares_DR) in zip(embeds.terms, found.terms, strict=True):
+            total[f"{term.part.kind}.up"] += squares_DR
+            for grad, x in zip(
+                _by_sample(grad_NR, term.part, whole), _by_sample(term.part.x_ND, term.part, whole), strict=True
+            ):
+                total[f"{term.part.kind}.down"] += (grad.T @ x).pow(2)
+        if found.image_ND is not None:
+            _add_inner(total, model, chunk, embeds, found)
     return tree.scale(total, 1 / len(items))
 
 
-def _padded(model: Model, item: Prepared, T: int) -> Tensor:
-    """One sample's embeddings with their own graph, brought to the batch's T positions."""
-    embeds, _ = model.edge(collate([item]))
-    dense_1TD = embeds.dense()
-    return torch.nn.functional.pad(dense_1TD, (0, 0, 0, T - dense_1TD.shape[1]))
+def _by_sample(packed_N: Tensor, part: Part, batch: Batch) -> tuple[Tensor, ...]:
+    """What is packed over a batch, sample by sample."""
+    B, T = batch.tokens_BT.shape
+    return packed_N.split(torch.bincount(part.positions_N // T, minlength=B).tolist())
+
+
+def _add_inner(total: State, model: Model, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
+    """Add the squares of what trains inside encoder and connector: each sample's graph is made and used alone."""
+    inner = {
+        name: p for name, p in model.edge.trainable("shared").items() if name.startswith(("encoder.", "connector."))
+    }
+    whole = collate(chunk)
+    i = next(i for i, term in enumerate(embeds.terms) if term.part.kind == "image")
+    part, (grad_NR, _) = embeds.terms[i].part, found.terms[i]
+    assert found.image_ND is not None
+    rows = zip(chunk, _by_sample(found.image_ND, part, whole), _by_sample(grad_NR, part, whole), strict=True)
+    for item, grad_ND, grad_h in rows:
+        single, _ = model.edge(collate([item]))
+        outputs = [single.terms[i].part.x_ND, single.terms[i].h_NR]
+        grads = torch.autograd.grad(outputs, list(inner.values()), [grad_ND, grad_h], allow_unused=True)
+        for name, grad in zip(inner, grads, strict=True):
+            if grad is not None:
+                total[name] += grad.pow(2)

@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fedmm import seeds, tree
+from fedmm.codecs import Codecs
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.nano_edge import Lora, NanoEdge
 from fedmm.edge.prepare import Prepared, encode, prepare
@@ -130,7 +131,10 @@ def take_part(order: Order) -> Report:
         card = dict(session.call("card").meta)
         parts = _parts(session, card["edge"])
         edge, processor = build_edge(cfg, parts)
-        model = Model(edge, RemoteLLM(session), "client" if cfg.link.loss == "client" else "auto")
+        codec = cfg.link.codec
+        codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
+        llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, codecs=codecs)
+        model = Model(edge, llm, cfg.link.loss)
         anchor = dict(session.call("state").tensors)
         _load_sets(cfg, edge, order, anchor)
         site = _Site(cfg, edge, processor, card)

@@ -60,10 +60,25 @@ class EdgeConfig:
 
 
 @dataclass
+class CodecConfig:
+    """How each kind of tensor is written on the link: none, fp16, bf16 or int8. None keeps every bit."""
+
+    features: str = "none"  # rounded once, at the client, so that both ends compute with the same ones
+    h: str = "none"  # h and B of the low-rank terms
+    gradients: str = "none"
+    logits: str = "none"
+
+
+@dataclass
 class LinkConfig:
     bind: str = "127.0.0.1:0"  # where the host listens; 0: any free port
     address: str | None = None  # what clients dial, host:port; null: what is bound
     tls: str = "auto"  # on, off; auto: on unless bind and address are this machine's own loopback
+    encoding: str = "factored"  # dense: embeddings and their gradients, whole, at every step
+    cache: str = "run"  # features stay at the host for the run; none: they go up with every step, and nothing stays
+    cache_memory_mb: int = 4096
+    cache_disk_mb: int = 16384  # 6,400 images of LLaVA-1.5 take 15 GB, in fp16 half of it
+    codec: CodecConfig = field(default_factory=CodecConfig)
     loss: str = "auto"  # client: logits come down and the client computes the loss itself
     deadline_seconds: float = 60.0  # the longest wait for one reply
     frame_limit_mb: int = 1024
@@ -242,12 +257,18 @@ ONE_OF = {
     "evaluate.split": ("validation", "test"),
     "link.loss": ("auto", "client"),
     "link.tls": ("auto", "on", "off"),
+    "link.encoding": ("dense", "factored"),
+    "link.cache": ("run", "none"),
+    "link.codec.features": ("none", "fp16", "bf16", "int8"),
+    "link.codec.h": ("none", "fp16", "bf16", "int8"),
+    "link.codec.gradients": ("none", "fp16", "bf16", "int8"),
+    "link.codec.logits": ("none", "fp16", "bf16", "int8"),
 }
 AT_LEAST = {
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 1, "edge.lora.rank": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
-    "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "run.round_seconds": 1,
-    "run.wait_seconds": 1, "run.examples": 0,
+    "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.cache_memory_mb": 0,
+    "link.cache_disk_mb": 0, "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0,
 }  # fmt: skip
 
 

@@ -1,0 +1,45 @@
+"""The base embeddings of a batch, formed in the same way at a client and at the host of a factored link.
+
+base = connector(features) at image positions, token table at text positions; padding has none
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fedmm.types import Part
+
+KEY_BYTES = 16
+KINDS = ("image", "text")
+"""The kinds of positions, each with an adapter of its own in every set."""
+
+
+def key_of(features_IPE: Float[Tensor, "I P E"]) -> bytes:
+    """The name of a sample's features: a hash of their content, so that an old name never stands for new features."""
+    about = f"{features_IPE.dtype} {tuple(features_IPE.shape)};".encode()
+    raw = features_IPE.contiguous().flatten().view(torch.uint8).numpy().data
+    return hashlib.blake2b(raw, digest_size=KEY_BYTES, key=about).digest()
+
+
+def image_part(connector: nn.Module, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Part:
+    """The connector's outputs at the image positions. Raises ValueError where there are not as many of both."""
+    x_ND = connector(features_MPE).flatten(0, 1)
+    if len(image_N) != len(x_ND):
+        raise ValueError(f"{len(image_N)} image positions for {len(x_ND)} image features")
+    return Part("image", x_ND, image_N)
+
+
+def text_part(table_VD: Float[Tensor, "V D"], tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
+    """The token table, looked up where it is needed and nowhere else, in fp32."""
+    return Part("text", nn.functional.embedding(tokens_BT.flatten()[text_N], table_VD).float(), text_N)
+
+
+def positions(image_BT: Bool[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+    """Where in the flattened (B T) axis the image positions are, and where the text positions."""
+    image_N = (image_BT & mask_BT).flatten().nonzero().squeeze(1)
+    text_N = (mask_BT & ~image_BT).flatten().nonzero().squeeze(1)
+    return image_N, text_N
