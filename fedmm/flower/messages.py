@@ -30,9 +30,7 @@ def read_who(reply: Message) -> int:
 def send_order(order: Order, node: int) -> Message:
     """A round's work for one client: `train`, or `evaluate` where it is only scored."""
     values = {**vars(order), "overrides": list(order.overrides)}
-    values |= {
-        "identity": json.dumps(vars(order.identity) if order.identity else None)
-    }  # Flower counts no empty string
+    values |= {"identity": json.dumps(vars(order.identity) if order.identity else None)}
     record = ConfigRecord(values)
     kind = MessageType.TRAIN if order.train else MessageType.EVALUATE
     return Message(RecordDict({_RECORD: record}), dst_node_id=node, message_type=kind)
