@@ -280,7 +280,8 @@ class _Arm:
 
 CHANNEL = {
     "state": "adapters", "update": "adapters", "card": "edge", "edge": "edge", "forward": "steps",
-    "backward": "steps", "loss": "steps", "generate": "answers",
+    "backward": "steps", "loss": "steps", "squares": "steps", "generate": "answers", "known": "features",
+    "features": "features",
 }  # fmt: skip
 
 
