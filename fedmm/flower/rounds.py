@@ -99,6 +99,9 @@ def run_arm(
         sessions=cfg.link.sessions,
         pending=cfg.link.pending,
         workers=cfg.link.workers,
+        merge_rows=cfg.link.merge_rows,
+        merge_wait_seconds=cfg.link.merge_wait_ms / 1000,
+        graph_bytes=cfg.link.graphs_mb << 20,
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         deadline_seconds=cfg.link.deadline_seconds,
     ) as host:

@@ -12,7 +12,6 @@ import hmac
 import logging
 import secrets
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +25,11 @@ from torch import Tensor
 from fedmm import codecs, tree
 from fedmm.codecs import Feedback
 from fedmm.llm import reading, tls, wire
+from fedmm.llm.engine import Begun, Engine, Rows
 from fedmm.llm.features import Features, FeaturesMissing
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.reading import Reader
+from fedmm.losses import answer_cross_entropy, branch_losses
 from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
@@ -48,12 +49,12 @@ class Traffic:
 
 @dataclass(eq=False)
 class _Visit:
-    """A live session: who, in which round, and the graphs it left here until their backward comes."""
+    """A live session: who, in which round, and the forwards it left here until their backward comes."""
 
     client: int
     round: int
     context: grpc.ServicerContext
-    pending: dict[int, tuple[dict[str, Tensor], Tensor]] = field(default_factory=dict)
+    pending: dict[int, tuple[dict[str, Tensor], Begun]] = field(default_factory=dict)
     feedback: Feedback = field(default_factory=Feedback)
 
 
@@ -79,6 +80,9 @@ class Host:
         sessions: int = 64,
         pending: int = 4,
         workers: int = 2,
+        merge_rows: int = 0,
+        merge_wait_seconds: float = 0.01,
+        graph_bytes: int = 1 << 30,
         frame_limit_bytes: int = 1 << 30,
         deadline_seconds: float = 60.0,
     ) -> None:
@@ -87,12 +91,19 @@ class Host:
         self._features = features
         self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features)
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
-        self._wait_seconds = deadline_seconds / 2  # for a slot: whoever waits must hear of it before giving up
+        self._engine = Engine(
+            llm,
+            workers=workers,
+            merge_rows=merge_rows,
+            merge_wait_seconds=merge_wait_seconds,
+            wait_seconds=deadline_seconds / 2,  # whoever waits must hear of it before giving up
+            graph_bytes=graph_bytes,
+            crowd=lambda: len(self._visits),
+        )
         self._authority = authority
         self._secret = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._updating = threading.Lock()  # held from an update's check until it is safe; a round closes after it
-        self._slots = threading.BoundedSemaphore(workers)
         self._round = 0  # 0 while no round is open
         self._current: State = {}
         self._awaited: set[int] = set()
@@ -163,6 +174,7 @@ class Host:
     def close(self) -> None:
         """Stop serving; safe to repeat."""
         self._server.stop(grace=0.5).wait()
+        self._engine.close()
 
     def __enter__(self) -> Host:
         return self
@@ -301,22 +313,26 @@ class Host:
                 f"{len(visit.pending)} steps wait for their backward, at most {self._pending_limit}; "
                 "call backward, use no_grad, or raise link.pending"
             )
-        with self._computing(traffic), torch.set_grad_enabled(bool(step.leaves)):
-            logits_BAV = self._llm(step.branches[0], step.mask_BT, keep_BA)
+        (rows,) = _rows(step, keep_BA)
         if step.leaves:
-            visit.pending[number] = (step.leaves, logits_BAV)
+            visit.pending[number] = (step.leaves, begun := self._engine.begin(rows))
+            logits_BAV, seconds = begun.logits_BAV, begun.seconds
+        else:
+            passed = self._engine.run([rows])
+            logits_BAV, seconds = passed.logits[0], passed.seconds
+        traffic.llm_seconds += seconds
         return self._written("forward", {"logits": logits_BAV}, frame, visit)
 
     def _backward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         number = reading.integer(frame, "step")
         if number not in visit.pending:
             raise ValueError(f"no forward of step {number} waits for its backward")
-        leaves, logits_BAV = visit.pending.pop(number)
+        leaves, begun = visit.pending.pop(number)
         tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
-        grad_BAV = reading.tensor(tensors, "grad", tuple(logits_BAV.shape), floating=True)
-        with self._computing(traffic):
-            grads = _gradients(logits_BAV, leaves, grad_BAV.to(logits_BAV))
-        return self._written("backward", grads, frame, visit)
+        grad_BAV = reading.tensor(tensors, "grad", tuple(begun.logits_BAV.shape), floating=True)
+        grad_BTD, seconds = self._engine.finish(begun, grad_BAV.to(begun.logits_BAV))
+        traffic.llm_seconds += seconds
+        return self._written("backward", _gradients([begun.rows], leaves, [grad_BTD]), frame, visit)
 
     def _loss(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         step = self._read.step(frame, visit.client)
@@ -325,18 +341,29 @@ class Host:
         reduction = frame.meta.get("reduction", "mean")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {str(reduction)[:32]!r}")
-        with self._computing(traffic), torch.set_grad_enabled(bool(step.leaves)):
-            losses = torch.stack(
-                self._llm.losses(step.branches, step.mask_BT, keep_BA, labels_BA, mutual, reduction=reduction)
-            )
-            grads = _gradients(losses.sum(), step.leaves)
-        return self._written("loss", {"losses": losses} | grads, frame, visit)
+
+        def values(logits: list[Tensor]) -> Tensor:
+            return torch.stack(branch_losses(logits, labels_BA.to(self._llm.device), mutual, reduction))
+
+        rows = _rows(step, keep_BA)
+        passed = self._engine.run(rows, values, grad=bool(step.leaves))
+        traffic.llm_seconds += passed.seconds
+        tensors = {"losses": passed.values, **_gradients(rows, step.leaves, passed.grads)}
+        return self._written("loss", tensors, frame, visit)
 
     def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         step = self._read.step(frame, visit.client)
         keep_BA = self._read.keep(frame, step.mask_BT)
-        with self._computing(traffic):
-            found = self._llm.squares(step.branches[0], step.mask_BT, keep_BA, self._read.labels(frame, keep_BA))
+        labels_BA = self._read.labels(frame, keep_BA).to(self._llm.device)
+        if len(step.branches) != 1:
+            raise ValueError(f"squares takes one branch, got {len(step.branches)}")
+
+        def values(logits: list[Tensor]) -> Tensor:
+            return answer_cross_entropy(logits[0], labels_BA, reduction="sum")
+
+        passed = self._engine.run(_rows(step, keep_BA), values, grad=True)
+        traffic.llm_seconds += passed.seconds
+        found = step.branches[0].squares(passed.grads[0])
         tensors = {f"grad/h.{i}": grad_NR for i, (grad_NR, _) in enumerate(found.terms)}
         tensors |= {f"squares.{i}": squares_DR for i, (_, squares_DR) in enumerate(found.terms)}
         if found.image_ND is not None:
@@ -348,36 +375,16 @@ class Host:
         terms, max_tokens = self._read.token_terms(frame), reading.integer(frame, "max_tokens")
         if not 1 <= max_tokens <= 1024:
             raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
-        with self._computing(traffic):
-            tokens_BN = self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens)
+        tokens_BN, seconds = self._engine.alone(
+            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens)
+        )
+        traffic.llm_seconds += seconds
         return wire.Frame("generate", {}, {"tokens": tokens_BN})
 
     def _written(self, verb: str, tensors: State, frame: wire.Frame, visit: _Visit) -> wire.Frame:
         """An answer in the codecs that the client asked for."""
         words = codecs.named(frame.meta.get("codecs"))
         return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback))
-
-    def _computing(self, traffic: Traffic) -> _Computing:
-        return _Computing(self._slots, traffic, self._wait_seconds)
-
-
-class _Computing:
-    """One of the host's few slots for the LLM: waits a while for it, and meters the seconds in it."""
-
-    def __init__(self, slots: threading.BoundedSemaphore, traffic: Traffic, wait_seconds: float) -> None:
-        self._slots, self._traffic, self._wait_seconds = slots, traffic, wait_seconds
-
-    def __enter__(self) -> None:
-        if not self._slots.acquire(timeout=self._wait_seconds):
-            raise FedmmError(
-                f"the LLM was busy for {self._wait_seconds:g} s; lower the clients that run at once, or raise "
-                "link.workers or link.deadline_seconds"
-            )
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._traffic.llm_seconds += time.perf_counter() - self._began
-        self._slots.release()
 
 
 def _secured(authority: tls.Authority) -> grpc.ServerCredentials:
@@ -412,9 +419,17 @@ def _read_update(client: int, frame: wire.Frame, current: State) -> Update:
     return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
 
 
-def _gradients(value: Tensor, leaves: Mapping[str, Tensor], grad: Tensor | None = None) -> State:
-    """The gradients by the leaves, as tensors of an answer."""
+def _rows(step: reading.Read, keep_BA: Tensor) -> list[Rows]:
+    """The branches of a step as they enter the LLM, with their graphs to the leaves."""
+    with torch.set_grad_enabled(bool(step.leaves)):
+        return [Rows(embeds.dense(), step.mask_BT, keep_BA) for embeds in step.branches]
+
+
+def _gradients(rows: list[Rows], leaves: Mapping[str, Tensor], grads: list[Tensor]) -> State:
+    """The gradients by the leaves from those by the embeddings, as tensors of an answer."""
     if not leaves:
         return {}
-    found = torch.autograd.grad(value, list(leaves.values()), grad, materialize_grads=True)
+    pairs = [(own.embeds_BTD, grad) for own, grad in zip(rows, grads, strict=True) if own.embeds_BTD.requires_grad]
+    outputs, given = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, list(leaves.values()), given, materialize_grads=True)
     return {f"grad/{name}": tensor for name, tensor in zip(leaves, found, strict=True)}

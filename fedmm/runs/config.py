@@ -85,6 +85,9 @@ class LinkConfig:
     sessions: int = 64  # clients connected at once
     pending: int = 4  # forward passes of a session that may wait for their backward
     workers: int = 2  # LLM passes at once; each on `threads` threads
+    merge_rows: int = 0  # rows of clients' steps run as one batch: for a GPU. 0: each alone, no bit depends on company
+    merge_wait_ms: float = 10.0  # for company, at most; a pass of a 7B model takes many times that
+    graphs_mb: int = 1024  # of forwards that wait for their backward (link.loss=client); beyond it they run again
 
 
 @dataclass
@@ -267,8 +270,9 @@ ONE_OF = {
 AT_LEAST = {
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 1, "edge.lora.rank": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
-    "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.cache_memory_mb": 0,
-    "link.cache_disk_mb": 0, "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0,
+    "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,
+    "link.merge_wait_ms": 0, "link.graphs_mb": 0, "link.cache_memory_mb": 0, "link.cache_disk_mb": 0,
+    "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0,
 }  # fmt: skip
 
 

@@ -4,8 +4,9 @@ CHANNELS = {
     "adapters": "the shared state down, each client's change of it up",
     "fisher": "how sure a client is of each coordinate of its change",
     "edge": "encoder, connector and token table, once per machine",
-    "steps": "embeddings, losses and gradients of every training step",
-    "answers": "embeddings and generated tokens of every scored question",
+    "features": "what the encoder makes of an image, once a sample and run",
+    "steps": "the adapters' part of embeddings, losses and gradients of every training step",
+    "answers": "the adapters' part of embeddings and generated tokens of every scored question",
     "control": "Flower's messages: orders and reports",
     "refused": "what the host did not accept",
 }
