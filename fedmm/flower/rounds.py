@@ -89,7 +89,7 @@ def run_arm(
         folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
 
     with Host(
-        LocalLLM(backbone.model),
+        LocalLLM(backbone.model, checkpointing=backbone.checkpointing),
         card=card,
         edge=parts,
         features=Features(*edge_parts.build_base(parts), store if cfg.link.cache == "run" else None),

@@ -19,11 +19,12 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_llava"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A whole LLaVA as the server holds it. `prompt` is a template with `{question}`."""
+    """A whole LLaVA as the server holds it. `prompt` is a template with `{question}`; see LocalLLM for `checkpointing`."""
 
     model: LlavaForConditionalGeneration
     processor: ProcessorMixin
     prompt: str
+    checkpointing: bool = False
 
 
 def llava(
@@ -33,18 +34,17 @@ def llava(
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     load_in: Literal["4bit", "8bit"] | None = None,
     device: str = "auto",
+    checkpointing: bool = False,
 ) -> Backbone:
     """A LLaVA by `from_pretrained`: `path` is a hub name or a local folder.
 
-    `load_in` quantises the LLM by bitsandbytes (NF4 or int8) and needs CUDA; the parts that clients run stay in
-    `dtype`. Raises ValueError where that cannot be, OSError where `path` holds no model.
+    `load_in` quantises the LLM by bitsandbytes (NF4 or int8); the parts that clients run, and the head, stay in
+    `dtype`. Raises OSError where `path` holds no model.
     """
     from transformers import AutoProcessor, BitsAndBytesConfig, LlavaForConditionalGeneration
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if load_in and not device.startswith("cuda"):
-        raise ValueError(f"llm.load_in={load_in} needs a CUDA device, this server has {device}; set llm.load_in=null")
     quantised = None
     if load_in:
         quantised = BitsAndBytesConfig(
@@ -52,15 +52,15 @@ def llava(
             load_in_8bit=load_in == "8bit",
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=getattr(torch, dtype),
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],  # whole paths
         )
     model = LlavaForConditionalGeneration.from_pretrained(
         path,
         dtype=getattr(torch, dtype),
-        device_map={"": device} if device != "cpu" else None,
+        device_map={"": device} if device != "cpu" or quantised else None,
         quantization_config=quantised,
     )
-    return Backbone(model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path), prompt)
+    return Backbone(model.eval().requires_grad_(False), AutoProcessor.from_pretrained(path), prompt, checkpointing)
 
 
 def tiny(*, prompt: str) -> Backbone:
