@@ -121,8 +121,8 @@ def test_the_fisher_is_the_same_over_every_link(llava, local_llm, items, rank):
             assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
 
-def test_what_trains_in_front_of_the_llm_goes_up_whole(llava, local_llm):
-    """Image positions then travel dense; text stays factored. The bits stay those of one process."""
+def test_what_trains_in_front_of_the_llm_goes_up_whole(llava, local_llm, caplog):
+    """Image positions then travel dense, and that is said; text stays factored. The bits stay those of one process."""
     built, processor = parts.build(parts.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=2))
     built.reset(seeds.generator(0, "test"))
     shaken(built)
@@ -131,6 +131,7 @@ def test_what_trains_in_front_of_the_llm_goes_up_whole(llava, local_llm):
     wanted = gradients(built)
     with served(llava, built, local_llm) as (host, _), visiting(host) as session:
         Model(built, RemoteLLM(session)).answer_loss(batch).backward()
+        assert caplog.text.count("edge.lora trains in front of the LLM") == 1
         assert torch.equal(Model(built, RemoteLLM(session)).generate(batch), Model(built, local_llm).generate(batch))
     came = gradients(built)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)

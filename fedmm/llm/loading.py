@@ -19,7 +19,7 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_llava"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A whole LLaVA as the server holds it. `prompt` is a template with `{question}`; see LocalLLM for `checkpointing`."""
+    """A whole LLaVA as the server holds it. `prompt` is a template with `{question}`; `checkpointing` is LocalLLM's."""
 
     model: LlavaForConditionalGeneration
     processor: ProcessorMixin

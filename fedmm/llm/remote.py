@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -27,6 +28,7 @@ from fedmm.llm import tls, wire
 from fedmm.losses import Mutual
 from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, TokenTerm
 
+log = logging.getLogger("fedmm.link")
 _REFILLS = 3  # times that a step is sent again because features were lost in between
 
 
@@ -169,6 +171,7 @@ class RemoteLLM:
         self._session = session
         self._encoding, self._cache, self._codecs = encoding, cache, codecs or Codecs()
         self._steps = itertools.count()
+        self._told = False
         self._held: set[str] = set()  # keys of features that the host has said it holds
 
     def __call__(
@@ -227,6 +230,9 @@ class RemoteLLM:
     def _pack(self, branches: Sequence[Embeds], mask_BT: Tensor) -> _Step:
         source = branches[0].source
         trained = source is not None and source.features_MPE is None
+        if trained and self._encoding == "factored" and not self._told:
+            log.warning("edge.lora trains in front of the LLM, so image positions change with every step: they go whole")
+            self._told = True
         if self._encoding == "dense" or source is None or (trained and len(branches) > 1):  # nothing to share
             return _dense_step(branches, mask_BT)
         return _factored_step(branches, mask_BT, source, named=self._cache == "run")
