@@ -231,7 +231,7 @@ class RemoteLLM:
         source = branches[0].source
         trained = source is not None and source.features_MPE is None
         if trained and self._encoding == "factored" and not self._told:
-            log.warning("edge.lora trains in front of the LLM, so image positions change with every step: they go whole")
+            log.warning("edge.lora trains in front of the LLM, so image positions change each step: they go whole")
             self._told = True
         if self._encoding == "dense" or source is None or (trained and len(branches) > 1):  # nothing to share
             return _dense_step(branches, mask_BT)
