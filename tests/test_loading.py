@@ -69,5 +69,3 @@ def test_checkpointing_with_dropout_is_refused(llava_folder):
     model.model.language_model.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="without dropout"):
         LocalLLM(model, checkpointing=True)
-
-

@@ -19,6 +19,7 @@ from conftest import CountingProxy
 from fedmm import tree
 from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
+from fedmm.llm.host import Host
 from fedmm.runs import client as client_side
 from fedmm.runs import home, table
 from fedmm.runs.config import ConfigError, load, quoted
@@ -414,3 +415,36 @@ def test_compare_takes_each_seed_once_and_names_the_arms(backbone, tmp_path, cap
     assert "FedNano with seed 0 again" in capsys.readouterr().err
     assert main(["compare", path, "--against", "fedavg"]) == 2
     assert "'FedAvg'" in capsys.readouterr().err
+
+
+def test_feddats_local_adapter_moves_in_every_round_and_stays_at_home(backbone, tmp_path, monkeypatch):
+    """The published code trains it in the first round only, and evaluates with a stale shared adapter."""
+    seen, evaluated = [], []
+    take, load = Host._take_update, client_side._load_sets
+
+    def watched(self, visit, frame, traffic):
+        seen.append(sorted(frame.tensors))
+        return take(self, visit, frame, traffic)
+
+    def loaded(cfg, edge, order, anchor):
+        load(cfg, edge, order, anchor)
+        evaluated.append((order.round, tree.digest(edge.state("frozen")), tree.digest(anchor)))
+
+    monkeypatch.setattr(Host, "_take_update", watched)
+    monkeypatch.setattr(client_side, "_load_sets", loaded)
+    kept: dict[tuple[int, int], str] = {}
+    save = home.save_kept
+
+    def saved(run, who, round, state, needed):
+        kept[who, round] = tree.digest(state)
+        save(run, who, round, state, needed)
+
+    monkeypatch.setattr(home, "save_kept", saved)
+    run(backbone, tmp_path / "run", "arm=feddat", "rounds=3", "schedule=constant")
+    for who in range(3):
+        assert len({kept[who, round] for round in (1, 2, 3)}) == 3, "it moves in every round"
+    assert len(seen) == 9 and {tuple(names) for names in seen} == {
+        ("delta/image.down", "delta/image.up", "delta/text.down", "delta/text.up")
+    }
+    assert all(frozen == newest for _, frozen, newest in evaluated)
+    assert len({newest for _, _, newest in evaluated}) == 4, "the start, and the state after each of three rounds"
