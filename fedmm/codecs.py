@@ -64,12 +64,15 @@ def named(words: object) -> Codecs:
     return Codecs(*words)
 
 
-def write(tensors: Mapping[str, Tensor], codecs: Codecs, feedback: Feedback | None = None) -> State:
-    """The tensors of a frame as they travel. `feedback` corrects gradients by B, which are summed over steps."""
+def write(
+    tensors: Mapping[str, Tensor], codecs: Codecs, feedback: Feedback | None = None, summed: Mapping[str, str] = {}
+) -> State:
+    """The tensors of a frame as they travel. `feedback` corrects those `summed` over steps, under that name."""
     out: State = {}
     for name, tensor in tensors.items():
         codec = codecs.of(name)
-        parts = feedback.pack(name, tensor, codec) if feedback and name.startswith("grad/up.") else pack(tensor, codec)
+        correct = feedback is not None and name in summed
+        parts = feedback.pack(summed[name], tensor, codec) if correct else pack(tensor, codec)  # type: ignore[union-attr]
         out |= {name + (f"/{part}" if part else ""): value for part, value in parts.items()}
     return out
 

@@ -56,6 +56,7 @@ class LowRank:
     h_NR: Float[Tensor, "N R"]
     up_DR: Float[Tensor, "D R"]
     scale: float
+    name: str = ""  # of the adapter, the same in every step
 
     def squares(self, grad_BTD: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "N R"], Float[Tensor, "D R"]]:
         """From the gradient by the embeddings: that by h, and the sum over samples of the squared one by B.

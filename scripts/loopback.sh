@@ -21,4 +21,4 @@ for client in 0 1; do
         --host 127.0.0.1 --port "$(free_port)" --node-config "partition-id=$client num-partitions=2"
 done
 
-run_app site "$dir" "" clients=2 link.tls=on "$@"
+run_app site "$dir" "" clients=2 link.tls=always "$@"

@@ -104,10 +104,12 @@ def test_what_a_neighbour_sends_changes_nothing_beyond_rounding(local_llm, engin
     """However large it is."""
     first = None
     for size in (1.0, 1e4):
-        engine = engine_of(CountingLLM(local_llm), merge_rows=8, merge_wait_seconds=5.0, crowd=lambda: 2)
+        llm = CountingLLM(local_llm)
+        engine = engine_of(llm, merge_rows=8, merge_wait_seconds=5.0, crowd=lambda: 2)
         neighbour = rows(1)
         found = together(engine, [[rows(0)], [Rows(neighbour.embeds_BTD * size, neighbour.mask_BT, neighbour.keep_BA)]])
         first = first or found[0]
+        assert llm.passes == [(2, 9)]
         assert torch.equal(found[0].grads[0], first.grads[0])
 
 
@@ -172,6 +174,29 @@ def test_who_waits_too_long_is_told_the_knobs(local_llm, engine_of):
         llm.go.set()
         assert torch.isfinite(slow.result().values)
     assert len(llm.passes) == 1, "what nobody waits for is not computed"
+
+
+def test_who_gave_up_waiting_is_no_trouble_when_the_host_closes(local_llm):
+    llm = CountingLLM(local_llm, hold=True)
+    engine = Engine(llm, workers=1, wait_seconds=0.2)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(engine.run, [rows(0)])
+        time.sleep(0.1)
+        with pytest.raises(FedmmError, match="busy"):
+            engine.run([rows(1)])
+        closing = pool.submit(engine.close)
+        time.sleep(0.1)
+        llm.go.set()
+        slow.result()
+        closing.result()
+
+
+def test_graphs_that_are_made_at_once_keep_the_bound(local_llm, engine_of):
+    whole = engine_of().begin(rows(0)).graph_bytes
+    engine = engine_of(graph_bytes=whole, workers=4)
+    with ThreadPoolExecutor(8) as pool:
+        begun = list(pool.map(engine.begin, [rows(0) for _ in range(8)]))
+    assert sum(one.graph is not None for one in begun) == 1
 
 
 def test_steps_that_wait_when_the_host_closes_are_told(local_llm):

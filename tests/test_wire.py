@@ -101,6 +101,7 @@ def entry(dtype="F32", shape=(1,), at=(0, 4)):
         body({"a": entry(dtype="BOOL", shape=(4,))}, b"\x02\x00\x00\x00"),
         body({"a": {"dtype": "F32"}}, b""),
         body({"a": 3}, b""),
+        body({"a": entry(shape=(0, (1 << 40) - 1, (1 << 40) - 1), at=(0, 0))}, b""),
         struct.pack("<Q", 1 << 60) + b"{}",
         b"1234",
     ],

@@ -29,9 +29,9 @@ class NanoAdapter(nn.Module):
             self.down.uniform_(-bound, bound, generator=generator)
             self.up.zero_()
 
-    def term(self, part: Part, weight: float) -> LowRank:
+    def term(self, part: Part, weight: float, name: str) -> LowRank:
         """What the adapter adds to a part of the base, times `weight`."""
-        return LowRank(part, part.x_ND @ self.down.T, self.up, weight * self.scale)
+        return LowRank(part, part.x_ND @ self.down.T, self.up, weight * self.scale, name)
 
     def token_term(self, weight: float) -> TokenTerm:
         return TokenTerm(self.down, self.up, weight * self.scale)

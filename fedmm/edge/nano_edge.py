@@ -93,7 +93,8 @@ class NanoEdge(nn.Module):
         return parts, Source(batch.tokens_BT, batch.image_BT, None if self.lora else features_MPE, batch.keys)
 
     def _terms(self, parts: tuple[Part, ...], use: Sequence[str]) -> tuple[LowRank, ...]:
-        return tuple(self._adapter(name, part.kind).term(part, 1 / len(use)) for name in use for part in parts)
+        pairs = [(name, part) for name in use for part in parts]
+        return tuple(self._adapter(n, part.kind).term(part, 1 / len(use), f"{n}.{part.kind}") for n, part in pairs)
 
     def _features(self, batch: Batch) -> Float[Tensor, "M P E"]:
         if batch.features_MPE is not None:

@@ -88,11 +88,15 @@ def run_arm(
         folder.save_update(round, update)
         folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
 
+    llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
+    connector, table_VD = edge_parts.build_base(parts)
+    kept = store if cfg.link.cache == "run" else None
+    features = Features(connector.to(llm.device), table_VD.to(llm.device), kept)
     with Host(
-        LocalLLM(backbone.model, checkpointing=backbone.checkpointing),
+        llm,
         card=card,
         edge=parts,
-        features=Features(*edge_parts.build_base(parts), store if cfg.link.cache == "run" else None),
+        features=features,
         on_update=arrived,
         authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,

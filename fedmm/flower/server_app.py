@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def _run(grid: Grid, arms: list[Arm], backbone: Backbone) -> Path:
 
 
 def _feature_store(cfg: config.Config, path: Path) -> Store:
-    """Where clients leave their samples' features: for all arms of the run, and gone with it."""
+    """Where clients leave their samples' features: for all arms of the run, and gone with it; a killed one's go now."""
+    shutil.rmtree(path / "features", ignore_errors=True)
     memory_bytes, disk_bytes = cfg.link.cache_memory_mb << 20, cfg.link.cache_disk_mb << 20
     return Store(memory_bytes=memory_bytes, folder=path / "features", disk_bytes=disk_bytes, ephemeral=True)
 

@@ -4,8 +4,9 @@
     merge_rows n    a worker takes the oldest step, waits up to `merge_wait_seconds` for others of similar length, and
                     runs up to n rows as one batch; company changes a gradient by rounding, and by no more
 
-Rows of a batch do not see each other, and each step's loss is formed on its own rows. A client has one step under way
-at a time, so that the oldest first is fair.
+Rows of a batch do not see each other, and each step's loss is formed on its own rows; but where bitsandbytes picks its
+outlier columns over a whole batch (8bit), company shows there too. A session has one step under way at a time, so that
+the oldest first is fair.
 
 A forward whose backward comes later keeps its graph, as long as all graphs fit into `graph_bytes`. Beyond that, and
 with merging, its inputs are kept and the backward runs the pass again: 1.4 times the arithmetic, but in company.
@@ -132,15 +133,15 @@ class Engine:
 
     def begin(self, rows: Rows) -> Begun:
         """Logits whose gradient is still to come."""
-        kept_bytes = sum(begun.graph_bytes for begun in list(self._begun))
-        if self.merges or kept_bytes >= self._graph_bytes:
+        if self.merges or not self._graph_bytes:
             passed = self.run([rows])
             return Begun(rows, passed.logits[0], passed.seconds)
         (leaf, logits_BAV, graph_bytes), seconds = self.alone(lambda: _with_graph(self._llm, rows))
         begun = Begun(rows, logits_BAV.detach(), seconds)
-        if kept_bytes + graph_bytes <= self._graph_bytes:
-            begun.graph, begun.graph_bytes = (leaf, logits_BAV), graph_bytes
-            self._begun.add(begun)
+        with self._changed:
+            if sum(other.graph_bytes for other in self._begun) + graph_bytes <= self._graph_bytes:
+                begun.graph, begun.graph_bytes = (leaf, logits_BAV), graph_bytes
+                self._begun.add(begun)
         return begun
 
     def finish(self, begun: Begun, grad_BAV: Tensor) -> tuple[Tensor, float]:
@@ -149,8 +150,8 @@ class Engine:
             passed = self.run([begun.rows], lambda logits: (logits[0] * grad_BAV).sum(), grad=True)
             return passed.grads[0], passed.seconds
         leaf, logits_BAV = begun.graph
-        begun.graph, begun.graph_bytes = None, 0
         (grad_BTD,), seconds = self.alone(lambda: torch.autograd.grad(logits_BAV, leaf, grad_BAV))
+        begun.graph, begun.graph_bytes = None, 0
         return grad_BTD, seconds
 
     def alone(self, work: Callable[[], Any]) -> tuple[Any, float]:
@@ -165,7 +166,8 @@ class Engine:
             waiting, self._queue = self._queue, deque()
             self._changed.notify_all()
         for job in waiting:
-            job.done.set_exception(FedmmError("the host is closing"))
+            if job.done.set_running_or_notify_cancel():  # else nobody waits for it any more
+                job.done.set_exception(FedmmError("the host is closing"))
         for worker in self._workers:
             worker.join()
 
@@ -223,14 +225,16 @@ class Engine:
 
     def _settle(self, jobs: list[_Job]) -> None:
         """Run jobs together; where that fails, each for itself, so that nobody pays for another's fault or size."""
+        results: list[Any] = []
         try:
-            results = [_timed(jobs[0].work)] if jobs and jobs[0].work else self._together(jobs)
+            results = [self._timed(jobs[0].work)] if jobs and jobs[0].work else self._together(jobs)
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].done.set_exception(error)
-            else:
-                for job in jobs:
-                    self._settle([job])
+                return
+        if not results:  # out of the handler: an error holds what the failed pass held
+            for job in jobs:
+                self._settle([job])
             return
         for job, result in zip(jobs, results, strict=True):
             job.done.set_result(result)
@@ -243,9 +247,8 @@ class Engine:
             leaves = [[branch.embeds_BTD.detach().requires_grad_(job.grad) for branch in job.branches] for job in jobs]
             logits = self._logits(jobs, leaves)
             values = [job.values(own) for job, own in zip(jobs, logits, strict=True)]
-            flat = [leaf for own in leaves for leaf in own]
-            total = torch.stack([value.sum() for value in values]).sum()
-            grads = iter(torch.autograd.grad(total, flat, materialize_grads=True) if jobs[0].grad else ())
+            grads = iter(_gradients(values, [leaf for own in leaves for leaf in own]) if jobs[0].grad else ())
+        self._finish()
         seconds = (time.perf_counter() - began) / max(1, sum(job.rows for job in jobs))
         return [
             Passed(
@@ -256,6 +259,17 @@ class Engine:
             )
             for job, own, value in zip(jobs, logits, values, strict=True)
         ]
+
+    def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        began = time.perf_counter()
+        result = work()
+        self._finish()
+        return result, time.perf_counter() - began
+
+    def _finish(self) -> None:
+        """A pass is over when the device is done with it, not when its kernels are under way."""
+        if self._llm.device.type == "cuda":
+            torch.cuda.synchronize(self._llm.device)
 
     def _logits(self, jobs: list[_Job], leaves: list[list[Tensor]]) -> list[list[Tensor]]:
         """The logits of each job's branches: branch by branch where there is one job, else as one batch."""
@@ -274,7 +288,7 @@ class Engine:
 
 def _with_graph(llm: LocalLLM, rows: Rows) -> tuple[Tensor, Tensor, int]:
     """The embeddings as a leaf, the logits, and the bytes that the graph between them holds beside the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in llm.decoder.parameters()}
+    weights = {tensor.untyped_storage().data_ptr() for part in (llm.decoder, llm.head) for tensor in part.parameters()}
     saved: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -289,6 +303,5 @@ def _with_graph(llm: LocalLLM, rows: Rows) -> tuple[Tensor, Tensor, int]:
     return leaf, logits_BAV, sum(saved.values())
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
-    return work(), time.perf_counter() - began
+def _gradients(values: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(torch.stack([value.sum() for value in values]).sum(), leaves, materialize_grads=True)

@@ -42,6 +42,7 @@ class Features:
         for key, features_IPE in zip(_hex(keys_BK), features, strict=True):
             if (came := base.key_of(features_IPE).hex()) != key:
                 raise ValueError(f"features with key {key} have content {came}; do both ends round them alike?")
+            self._check(features_IPE)
             self._kept().put(str(client), key, features_IPE)
 
     def fetch(self, client: int, keys_BK: Tensor) -> Float[Tensor, "M P E"]:
@@ -53,13 +54,17 @@ class Features:
         return torch.cat([features_IPE for features_IPE in found if features_IPE is not None])
 
     def image_part(self, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Part:
-        if features_MPE.shape[2] != self._width:
-            raise ValueError(f"features are {features_MPE.shape[2]} wide, the connector takes {self._width}")
+        self._check(features_MPE)
         with torch.no_grad():
             return base.image_part(self.connector, features_MPE, image_N)
 
     def text_part(self, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
         return base.text_part(self.table_VD, tokens_BT, text_N)
+
+    def _check(self, features_MPE: Tensor) -> None:
+        if features_MPE.shape[2] != self._width or not features_MPE.numel() or features_MPE.dtype != torch.float32:
+            came = f"{tuple(features_MPE.shape)} of {features_MPE.dtype}"
+            raise ValueError(f"features are fp32 and {self._width} wide, as the connector takes them, got {came}")
 
     def _kept(self) -> Store:
         if self.store is None:

@@ -54,7 +54,7 @@ class _Visit:
     client: int
     round: int
     context: grpc.ServicerContext
-    pending: dict[int, tuple[dict[str, Tensor], Begun]] = field(default_factory=dict)
+    pending: dict[int, tuple[reading.Read, Begun]] = field(default_factory=dict)
     feedback: Feedback = field(default_factory=Feedback)
 
 
@@ -89,7 +89,7 @@ class Host:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
         self._features = features
-        self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features)
+        self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features, frame_limit_bytes)
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._engine = Engine(
             llm,
@@ -139,6 +139,7 @@ class Host:
                 else self._server.add_insecure_port(bind)
             )
         except RuntimeError as error:
+            self._engine.close()
             raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
         self._server.start()
 
@@ -315,7 +316,7 @@ class Host:
             )
         (rows,) = _rows(step, keep_BA)
         if step.leaves:
-            visit.pending[number] = (step.leaves, begun := self._engine.begin(rows))
+            visit.pending[number] = (step, begun := self._engine.begin(rows))
             logits_BAV, seconds = begun.logits_BAV, begun.seconds
         else:
             passed = self._engine.run([rows])
@@ -327,12 +328,13 @@ class Host:
         number = reading.integer(frame, "step")
         if number not in visit.pending:
             raise ValueError(f"no forward of step {number} waits for its backward")
-        leaves, begun = visit.pending.pop(number)
+        step, begun = visit.pending.pop(number)
         tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
         grad_BAV = reading.tensor(tensors, "grad", tuple(begun.logits_BAV.shape), floating=True)
         grad_BTD, seconds = self._engine.finish(begun, grad_BAV.to(begun.logits_BAV))
         traffic.llm_seconds += seconds
-        return self._written("backward", _gradients([begun.rows], leaves, [grad_BTD]), frame, visit)
+        grads = _gradients([begun.rows], step.leaves, [grad_BTD])
+        return self._written("backward", grads, frame, visit, step.summed())
 
     def _loss(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         step = self._read.step(frame, visit.client)
@@ -349,7 +351,7 @@ class Host:
         passed = self._engine.run(rows, values, grad=bool(step.leaves))
         traffic.llm_seconds += passed.seconds
         tensors = {"losses": passed.values, **_gradients(rows, step.leaves, passed.grads)}
-        return self._written("loss", tensors, frame, visit)
+        return self._written("loss", tensors, frame, visit, step.summed())
 
     def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         step = self._read.step(frame, visit.client)
@@ -372,6 +374,8 @@ class Host:
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         step = self._read.step(frame, visit.client)
+        if len(step.branches) != 1:
+            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
         terms, max_tokens = self._read.token_terms(frame), reading.integer(frame, "max_tokens")
         if not 1 <= max_tokens <= 1024:
             raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
@@ -381,10 +385,12 @@ class Host:
         traffic.llm_seconds += seconds
         return wire.Frame("generate", {}, {"tokens": tokens_BN})
 
-    def _written(self, verb: str, tensors: State, frame: wire.Frame, visit: _Visit) -> wire.Frame:
+    def _written(
+        self, verb: str, tensors: State, frame: wire.Frame, visit: _Visit, summed: Mapping[str, str] | None = None
+    ) -> wire.Frame:
         """An answer in the codecs that the client asked for."""
         words = codecs.named(frame.meta.get("codecs"))
-        return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback))
+        return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback, summed or {}))
 
 
 def _secured(authority: tls.Authority) -> grpc.ServerCredentials:

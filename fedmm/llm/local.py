@@ -7,11 +7,12 @@ answer positions alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedmm.losses import Mutual, answer_cross_entropy, branch_losses
 from fedmm.types import Embeds, Squares, TokenTerm
@@ -29,8 +30,8 @@ class LocalLLM:
 
     def __init__(self, model: LlavaForConditionalGeneration, *, checkpointing: bool = False) -> None:
         model.eval().requires_grad_(False)
-        if checkpointing:
-            _checkpoint(model)
+        for layer in model.model.language_model.layers if checkpointing else ():
+            _checkpoint(layer)
         self.decoder = model.model.language_model
         self.head = model.lm_head
         self.dtype = self.head.weight.dtype
@@ -130,11 +131,16 @@ class LocalLLM:
         return out_BD
 
 
-def _checkpoint(model: LlavaForConditionalGeneration) -> None:
-    """transformers checkpoints in training mode only; without dropout that mode computes the same."""
-    decoder = model.model.language_model
-    dropout = {name: value for name, value in vars(decoder.config).items() if name.endswith("dropout") and value}
-    if dropout:
-        raise ValueError(f"llm.checkpointing needs a decoder without dropout, this one has {dropout}; set it to false")
-    decoder.activation_checkpointing_enable()
-    decoder.train()
+def _checkpoint(layer: nn.Module) -> None:
+    """Have a layer make its activations again in the backward. transformers' own way does so in training mode only, and
+    takes generation's cache away with it."""
+    forward = layer.forward
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return (
+            checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            if torch.is_grad_enabled()
+            else forward(*args, **kwargs)
+        )
+
+    layer.forward = again  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 A step comes in one of two encodings. Names of tensors, per branch or term i:
 
     dense      whole.i (B T D)
-    factored   tokens, image (B T), then keys (B 16) or features (M P E) or image_part (N D), then h.i (N R), up.i (D R)
+    factored   tokens, image (B T); keys (B 16) or features.b (I P E) or image_part (N D); h.i (N R), up.i (D R)
 
 What a factored step lacks, connector and token table, the host has; so it forms the same sums of the same numbers in
 the same order as the client would. Everything wrong is a ValueError that says what came and what is wanted.
@@ -36,6 +36,11 @@ class Read:
     mask_BT: Tensor
     leaves: dict[str, Tensor]
 
+    def summed(self) -> dict[str, str]:
+        """The gradients that an optimiser sums over steps, with the name of what they are by."""
+        terms = [term for embeds in self.branches for term in embeds.terms]
+        return {f"grad/up.{i}": term.name for i, term in enumerate(terms) if term.name}
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -46,6 +51,7 @@ class Reader:
     vocabulary: int
     device: torch.device
     features: Features
+    limit_bytes: int = 1 << 30  # of what a step makes here: what its dense frame could have been
 
     def step(self, frame: Frame, client: int) -> Read:
         """The branches of a step; gradients are asked for by name in `grads`."""
@@ -88,6 +94,7 @@ class Reader:
             raise ValueError(f"branches share out {len(terms)} terms, got {str(counts)[:100]}")
         if not 1 <= len(counts) <= TERMS_LIMIT:
             raise ValueError(f"a step has from 1 to {TERMS_LIMIT} branches, got {len(counts)}")
+        self._bound("embeddings", len(counts) * mask_BT.numel() * self.width)
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         own = [tuple(terms[end - count : end]) for end, count in zip(ends, counts, strict=True)]
         # whether something trains in front of the LLM is for `Embeds.squares` to know
@@ -100,15 +107,17 @@ class Reader:
         if "keys" in inputs.tensors:
             features = self.features.fetch(client, tensor(inputs.tensors, "keys", (len(image_BT), base.KEY_BYTES)))
         else:
-            features = tensor(inputs.tensors, "features", (None, None, None), floating=True)
+            own = (f"features.{b}" for b in range(len(image_BT)))
+            features = torch.cat([tensor(inputs.tensors, name, (None, None, None), floating=True) for name in own])
         return self.features.image_part(features.to(self.device), image_N)
 
     def _term(self, inputs: _Inputs, parts: Mapping[str, Part], i: int, given: Any) -> LowRank:
-        if not isinstance(given, list) or len(given) != 2 or given[0] not in parts or not number(given[1]):
-            raise ValueError(f"a term is its part, {' or '.join(parts)}, and its scale, got {str(given)[:100]}")
-        part = parts[given[0]]
+        kind, scale, name = given if isinstance(given, list) and len(given) == 3 else ("", 0.0, "")
+        if kind not in parts or not number(scale) or not isinstance(name, str) or len(name) > 128:
+            raise ValueError(f"a term is its part, {' or '.join(parts)}, its scale and name, got {str(given)[:100]}")
         up_DR = inputs.take(f"up.{i}", (self.width, None))
-        return LowRank(part, inputs.take(f"h.{i}", (len(part.positions_N), up_DR.shape[1])), up_DR, float(given[1]))
+        h_NR = inputs.take(f"h.{i}", (len(parts[kind].positions_N), up_DR.shape[1]))
+        return LowRank(parts[kind], h_NR, up_DR, float(scale), name)
 
     def keep(self, frame: Frame, mask_BT: Tensor) -> Tensor:
         """The positions whose logits are asked for."""
@@ -117,7 +126,15 @@ class Reader:
         if not 1 <= keep_BA.shape[1] <= T:
             raise ValueError(f"'keep' names {keep_BA.shape[1]} positions a row, wanted 1 to {T}")
         within(keep_BA, "keep", 0, T)
+        self._bound("logits", keep_BA.numel() * self.vocabulary)
         return keep_BA
+
+    def _bound(self, what: str, numbers: int) -> None:
+        if 4 * numbers > self.limit_bytes:
+            raise ValueError(
+                f"{what} of {4 * numbers} bytes, at most {self.limit_bytes}; "
+                "lower batch_size or raise link.frame_limit_mb"
+            )
 
     def labels(self, frame: Frame, keep_BA: Tensor) -> Tensor:
         """The answer tokens at `keep_BA`."""

@@ -29,7 +29,7 @@ from fedmm.losses import Mutual
 from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, TokenTerm
 
 log = logging.getLogger("fedmm.link")
-_REFILLS = 3  # times that a step is sent again because features were lost in between
+_REFILLS = 2  # times that lost features are left there again, before they go up with the step
 
 
 class HostGone(FedmmError):
@@ -246,10 +246,12 @@ class RemoteLLM:
                 return self._call(verb, tensors, **step.meta, **meta)
             except FeaturesGone as gone:
                 self._held -= {step.keys[row].hex() for row in gone.rows}
-        raise HostRefused(
-            f"the host could not hold the features of {len(step.keys)} samples at once; raise link.cache_memory_mb or "
-            "link.cache_disk_mb there, or lower batch_size"
+        log.warning(
+            "the host does not hold a batch's features at once: raise link.cache_memory_mb or link.cache_disk_mb"
         )
+        del tensors["keys"]
+        inline = {f"features.{b}": features_IPE for b, features_IPE in enumerate(step.features)}
+        return self._call(verb, tensors | inline, **step.meta, **meta)
 
     def _backward(self, grad_BAV: Tensor, number: int) -> State:
         return self._call("backward", {"grad": grad_BAV}, step=number)
@@ -303,7 +305,7 @@ def _factored_step(branches: Sequence[Embeds], mask_BT: Tensor, source: Source, 
         keys = source.keys
         fixed["keys"] = _keys_of(keys)
     else:
-        fixed["features"] = source.features_MPE
+        fixed |= {f"features.{b}": features_IPE for b, features_IPE in enumerate(source.by_sample())}
     inputs, by_branch, terms = dict(first), [], [term for embeds in branches for term in embeds.terms]
     numbers = itertools.count()
     for embeds in branches:
@@ -313,7 +315,7 @@ def _factored_step(branches: Sequence[Embeds], mask_BT: Tensor, source: Source, 
         inputs |= own
         by_branch.append([*first, *own])
     meta = {
-        "terms": [[term.part.kind, term.scale] for term in terms],
+        "terms": [[term.part.kind, term.scale, term.name] for term in terms],
         "branches": [len(embeds.terms) for embeds in branches],
     }
     return _Step(fixed, inputs, by_branch, meta, keys, source.by_sample() if keys else ())

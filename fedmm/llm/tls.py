@@ -7,7 +7,7 @@ certificate, opens nothing. The host's name is not its address: clients reach it
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -24,7 +24,7 @@ class Identity:
 
     authority: str
     certificate: str
-    key: str
+    key: str = field(repr=False)
 
 
 class Authority:

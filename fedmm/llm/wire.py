@@ -197,7 +197,7 @@ def _read(reader: _Reader, body_bytes: int, verb: str) -> dict[str, Tensor]:
             raise ValueError(f"{data_bytes - at} bytes belong to no tensor")
     except WireError:
         raise
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:  # torch's is of sizes
         raise WireError(f"{verb}: the body is no safetensors: {error!r}"[:300]) from error
     return tensors
 

@@ -73,7 +73,7 @@ class CodecConfig:
 class LinkConfig:
     bind: str = "127.0.0.1:0"  # where the host listens; 0: any free port
     address: str | None = None  # what clients dial, host:port; null: what is bound
-    tls: str = "auto"  # on, off; auto: on unless bind and address are this machine's own loopback
+    tls: str = "auto"  # always, never; auto: unless bind and address are this machine's own loopback
     encoding: str = "factored"  # dense: embeddings and their gradients, whole, at every step
     cache: str = "run"  # features stay at the host for the run; none: they go up with every step, and nothing stays
     cache_memory_mb: int = 4096
@@ -144,7 +144,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 def encrypted(link: LinkConfig) -> bool:
     """Whether the link is TLS: tensors of a run may cross a network in the clear only where that was asked for."""
     if link.tls != "auto":
-        return link.tls == "on"
+        return link.tls == "always"
     return not all(map(_is_loopback, filter(None, (link.bind, link.address))))
 
 
@@ -259,7 +259,7 @@ ONE_OF = {
     "schedule": ("constant", "cosine"),
     "evaluate.split": ("validation", "test"),
     "link.loss": ("auto", "client"),
-    "link.tls": ("auto", "on", "off"),
+    "link.tls": ("auto", "always", "never"),
     "link.encoding": ("dense", "factored"),
     "link.cache": ("run", "none"),
     "link.codec.features": ("none", "fp16", "bf16", "int8"),
