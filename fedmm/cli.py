@@ -1,14 +1,16 @@
-"""The command line: `fedmm run`, `fedmm watch`, `fedmm compare`, `fedmm export`.
+"""The command line: `fedmm run`, `fedmm watch`, `fedmm compare`, `fedmm export`, `fedmm bench`.
 
 fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
 fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
 fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
 fedmm export DIR FOLDER                     the tuned model of a run as an ordinary Hugging Face checkpoint
+fedmm bench NAME [--size real]              what a part costs, a line of JSON for each figure; toy takes seconds
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import threading
@@ -16,13 +18,15 @@ from pathlib import Path
 
 from fedmm.types import FedmmError
 
+BENCHES = ("link", "host", "memory", "aggregate", "rounds")  # modules of fedmm.bench
+
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
     parser = argparse.ArgumentParser(
         prog="fedmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | watch | compare | export")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | watch | compare | export | bench")
     run = commands.add_parser("run", help="run a federation in this process")
     run.add_argument("overrides", nargs="*", help="as in rounds=2 method=fedprox; see conf/")
     watch = commands.add_parser("watch", help="show the progress of a run")
@@ -35,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
     export.add_argument("folder", type=Path)
+    bench = commands.add_parser("bench", help="measure what a part costs")
+    bench.add_argument("name", choices=BENCHES)
+    bench.add_argument("--size", choices=("toy", "real"), default="toy", help="real: LLaVA-1.5-7B's; takes minutes")
     args = parser.parse_args(argv)
     if args.command == "run":
         return _run(args.overrides)
@@ -45,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         return show(args.dir, until=until, stall_seconds=args.stall)
     if args.command == "export":
         return _export(args.dir, args.folder)
+    if args.command == "bench":
+        return _bench(args.name, args.size)
     return _compare(args.dirs, args.against)
 
 
@@ -101,6 +110,15 @@ def _export(run: Path, into: Path) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"{into}: the backbone with the adapters of round {round} folded in")
+    return 0
+
+
+def _bench(name: str, size: str) -> int:
+    import torch
+
+    torch.set_num_threads(1)  # as in clients and host
+    for case in importlib.import_module(f"fedmm.bench.{name}").cases(size):
+        print(case.line(), flush=True)
     return 0
 
 

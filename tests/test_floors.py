@@ -19,11 +19,11 @@ FLOORS = [
     ("fedmm.methods", "fedmm.train", "fedmm.stages", "fedmm.evaluate"),
     ("fedmm.runs",),
     ("fedmm.flower",),
-    ("fedmm.cli",),
+    ("fedmm.cli", "fedmm.bench"),
 ]
 ONLY_IN = {
     "flwr": ("fedmm.flower",),
-    "grpc": ("fedmm.llm",),
+    "grpc": ("fedmm.llm", "fedmm.bench.bare"),  # bench: the floor that the link is measured against
     "hydra": ("fedmm.runs.config",),
     "matplotlib": ("fedmm.runs.plots", "fedmm.data"),  # data: the fonts that it carries
     "sklearn": ("fedmm.data",),

@@ -1,0 +1,1 @@
+"""Benches: `cases(size) -> Iterator[Case]`, one module a subcommand of `fedmm bench`. A bench is no test."""

@@ -1,0 +1,86 @@
+"""The `fisher` rule over a thousand clients: its time beside that of reading their updates, and its peak memory.
+
+Updates come as in a run, one file after another through `RunFolder.updates`; a few files are read again and again, so
+that they lie in the page cache and no disk is measured. Reading is `read_bytes`: every byte copied once, nothing done.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from fedmm import seeds
+from fedmm.aggregate.fisher import fisher
+from fedmm.bench.common import Case, Size, in_turn, median_ms, peak_rss_bytes, rss_bytes
+from fedmm.edge.base import KINDS
+from fedmm.runs.folder import RunFolder
+from fedmm.types import State, Update
+
+CLIENTS, WIDTH = {"toy": 50, "real": 1000}, {"toy": 64, "real": 4096}
+RANK = 64  # at width 4096, with an adapter each for image and text: 1.05M parameters
+FILES = 8
+FEW, MANY = 10, 200  # clients whose peaks are compared
+ROUNDS = 3
+
+
+def cases(size: Size) -> Iterator[Case]:
+    """Time and memory. Bars are of real size."""
+    width = WIDTH[size]
+    time_bar, memory_bar = (2.0, 1.2) if size == "real" else (None, None)
+    with TemporaryDirectory() as path:
+        folder = _open(Path(path))
+        for client in range(FILES):
+            generator = seeds.generator(0, "update", client=client)
+            folder.save_update(1, Update(client, _state(width, generator), 100, _state(width, generator)))
+        yield _time(folder, width, CLIENTS[size], time_bar)
+        yield _memory(folder, width, memory_bar)
+
+
+def _time(folder: RunFolder, width: int, clients: int, bar: float | None) -> Case:
+    """The rule over all clients, over reading the same bytes."""
+    files = sorted(folder.path.glob("journal/*/*.safetensors"))
+
+    def read() -> None:
+        for client in range(clients):
+            files[client % FILES].read_bytes()
+
+    seconds = in_turn({"rule": lambda: _merge(folder, width, clients), "read": read}, ROUNDS)
+    rule, reading = (median_ms(seconds[name]) / clients for name in ("rule", "read"))
+    detail = {"rule_ms_a_client": rule, "read_ms_a_client": reading, "median_of": ROUNDS}
+    return Case("aggregate", f"fisher over reading, {clients} clients", rule / reading, "times", bar, detail=detail)
+
+
+def _memory(folder: RunFolder, width: int, bar: float | None) -> Case:
+    """What many clients take at the peak over what few take, each in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        few, many = (pool.submit(_growth_bytes, folder.path, width, clients).result() for clients in (FEW, MANY))
+    detail = {"few_bytes": few, "many_bytes": many}
+    return Case("aggregate", f"peak memory, {MANY} clients over {FEW}", many / few, "times", bar, detail=detail)
+
+
+def _growth_bytes(path: Path, width: int, clients: int) -> int:
+    torch.set_num_threads(1)
+    before = rss_bytes()
+    _merge(_open(path), width, clients)
+    return peak_rss_bytes() - before
+
+
+def _merge(folder: RunFolder, width: int, clients: int) -> None:
+    current = {name: torch.zeros_like(tensor) for name, tensor in _state(width, seeds.generator(0, "current")).items()}
+    fisher(current, folder.updates(1, (client % FILES for client in range(clients))), {})
+
+
+def _state(width: int, generator: torch.Generator) -> State:
+    """The adapters of an edge; never negative, so that it may be a Fisher too."""
+    shapes = {"down": (RANK, width), "up": (width, RANK)}
+    return {f"{kind}.{name}": torch.rand(shapes[name], generator=generator) for kind in KINDS for name in shapes}
+
+
+def _open(path: Path) -> RunFolder:
+    return RunFolder(path, "bench: aggregate\n", [])

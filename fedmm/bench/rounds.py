@@ -1,0 +1,100 @@
+"""What a round of the embedded run costs beside its training alone, arm by arm.
+
+A round is orders, sessions, steps over the link, updates, the rule and what is written, one client after another.
+Beside it stand the same clients' training and Fisher with the LLM in their process. Scoring and the making of features,
+which the first round alone has, are in neither.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+from omegaconf import OmegaConf
+
+from fedmm.bench.common import Case, Size
+from fedmm.edge import parts as edge_parts
+from fedmm.edge.prepare import Prepared, encode, prepare
+from fedmm.flower.inprocess import InProcessGrid
+from fedmm.flower.rounds import find_clients, run_arm
+from fedmm.llm.loading import Backbone
+from fedmm.llm.local import LocalLLM
+from fedmm.model import Model
+from fedmm.runs.client import build_edge, held_parts, initial_state, partition, splits
+from fedmm.runs.config import Config, load, make, options
+from fedmm.runs.folder import RunFolder
+from fedmm.store import Store
+from fedmm.train import train
+
+ASKED = ("evaluate.every=0", "evaluate.everywhere=false", "partition=iid", "dataset.validation=5", "dataset.test=5")
+SIZES = {
+    "toy": ("rounds=2", "clients=2", "batch_size=8", "dataset.train=16"),
+    "real": ("rounds=4",),  # of the default run: 1,500 examples at five clients
+}
+
+
+def cases(size: Size) -> Iterator[Case]:
+    """Seconds of a round of every arm in conf/arm, without a bar."""
+    backbone = make(load().llm)
+    for arm in options("arm"):
+        overrides = [*ASKED, *SIZES[size], f"arm={arm}"]
+        cfg = load(overrides)
+        rounds, alone = _rounds(cfg, overrides, backbone), _alone(cfg, backbone)
+        value = statistics.median(rounds)
+        detail = {"local": alone, "ratio": value / alone, "median_of": len(rounds)}
+        yield Case("rounds", f"a round of {cfg.label}", value, "s", detail=detail)
+
+
+def _rounds(cfg: Config, overrides: list[str], backbone: Backbone) -> list[float]:
+    """Seconds of the rounds after the first, of a whole run in this process."""
+    with (
+        TemporaryDirectory() as path,
+        mock.patch.dict(os.environ, {"FEDMM_HOME": f"{path}/home"}),
+        InProcessGrid(cfg.clients) as grid,
+        closing(Store(memory_bytes=cfg.link.cache_memory_mb << 20)) as store,
+    ):
+        folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
+        run_arm(grid, find_clients(grid, cfg.clients, 60.0), cfg, overrides, backbone, folder, store)
+        return [row["seconds"] for row in folder.rows("events.jsonl") if row["event"] == "round" and row["round"] > 1]
+
+
+def _alone(cfg: Config, backbone: Backbone) -> float:
+    """Seconds of one round's training and Fisher of all clients, with the LLM in this process."""
+    edge, processor = build_edge(cfg, edge_parts.take(backbone.model, backbone.processor))
+    indices, examples = partition(cfg, "train"), splits(cfg)["train"]
+    seconds = 0.0
+    for client in [0] if cfg.pooled else range(cfg.clients):
+        own = [examples[i] for part in held_parts(cfg, client) for i in indices[part]]
+        items = encode(edge, prepare(own, processor, backbone.prompt))
+        began = time.perf_counter()
+        _train(cfg, client, Model(edge, LocalLLM(backbone.model), cfg.link.loss), items)
+        seconds += time.perf_counter() - began
+    return seconds
+
+
+def _train(cfg: Config, client: int, model: Model, items: list[Prepared]) -> None:
+    for name in cfg.method.sets:
+        model.edge.load(initial_state(cfg, model.edge, name), name)
+    model.edge.freeze_all_but([name for name in cfg.method.sets if name != "frozen"])
+    trained = train(
+        model,
+        items,
+        make(cfg.method.step),
+        make_optimizer=make(cfg.optimizer),
+        anchor=model.edge.state(cfg.method.sets[0]),
+        seed=cfg.seed,
+        round=1,
+        rounds=cfg.rounds,
+        client=client,
+        epochs=cfg.epochs,
+        batch_size=cfg.batch_size,
+        clip_norm=cfg.clip_norm,
+    )
+    if cfg.method.fisher is not None:
+        make(cfg.method.fisher)(model, items, trained.last)
