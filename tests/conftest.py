@@ -16,7 +16,7 @@ from PIL import Image
 from fedmm import seeds
 from fedmm.edge import parts
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.edge.prepare import Prepared, collate, prepare
+from fedmm.edge.prepare import Prepared, Processor, collate, prepare
 from fedmm.llm.features import Features
 from fedmm.llm.host import Host
 from fedmm.llm.local import LocalLLM
@@ -117,6 +117,11 @@ def local_llm(llava) -> LocalLLM:
     return LocalLLM(llava[0])
 
 
+@pytest.fixture(scope="session")
+def processor(llava) -> Processor:
+    return parts.build(parts.take(*llava))[1]
+
+
 @pytest.fixture
 def edge(llava) -> NanoEdge:
     """An edge whose adapters have left their start, so that every gradient is something."""
@@ -137,8 +142,8 @@ def some_examples(count: int = 3, image_size: int = 16) -> list[Example]:
 
 
 @pytest.fixture
-def items(llava, edge) -> list[Prepared]:
-    return prepare(some_examples(), llava[1], PROMPT)
+def items(processor) -> list[Prepared]:
+    return prepare(some_examples(), processor, PROMPT)
 
 
 @pytest.fixture

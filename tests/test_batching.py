@@ -41,15 +41,25 @@ class CountingLLM(LocalLLM):
 
     def __init__(self, llm, hold=False):
         self.__dict__ |= llm.__dict__
-        self.passes = []
+        self.passes, self.firsts = [], []
         self.go = threading.Event()
         if not hold:
             self.go.set()
 
     def __call__(self, embeds, mask_BT, keep_BA):
         self.passes.append(embeds.shape)
+        self.firsts.append(embeds.dense()[:, 0, 0].tolist())
         self.go.wait(20)
         return super().__call__(embeds, mask_BT, keep_BA)
+
+
+def until(true):
+    """Wait for something that comes soon."""
+    for _ in range(2000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come")
 
 
 def together(engine, jobs):
@@ -115,7 +125,7 @@ def test_what_a_neighbour_sends_changes_nothing_beyond_rounding(local_llm, engin
 
 def test_steps_of_other_lengths_and_kinds_are_not_one_batch(local_llm, engine_of):
     llm = CountingLLM(local_llm)
-    engine = engine_of(llm, workers=1, merge_rows=32, merge_wait_seconds=0.3)
+    engine = engine_of(llm, workers=1, merge_rows=32, merge_wait_seconds=2.0)
     with ThreadPoolExecutor(4) as pool:
         futures = [
             pool.submit(engine.run, [rows(0, T=8)], values(0), grad=True),
@@ -130,16 +140,15 @@ def test_steps_of_other_lengths_and_kinds_are_not_one_batch(local_llm, engine_of
 def test_a_batch_has_its_bound_and_the_oldest_go_first(local_llm, engine_of):
     llm = CountingLLM(local_llm, hold=True)
     engine = engine_of(llm, workers=1, merge_rows=3, merge_wait_seconds=0.0)
-    order = []
     with ThreadPoolExecutor(8) as pool:
         futures = []
         for i in range(8):
             futures.append(pool.submit(engine.run, [rows(i)], values(i), grad=True))
-            futures[-1].add_done_callback(lambda _, i=i: order.append(i))
-            time.sleep(0.05)
+            until(lambda i=i: len(llm.passes) == 1 and len(engine._queue) == i)
         llm.go.set()
-    assert [shape[0] for shape in llm.passes] == [1, 3, 3, 1]
-    assert {*order[1:4]} == {1, 2, 3} and {*order[4:7]} == {4, 5, 6}
+        [future.result() for future in futures]
+    firsts = [rows(i).embeds_BTD[0, 0, 0].item() for i in range(8)]
+    assert llm.firsts == [firsts[:1], firsts[1:4], firsts[4:7], firsts[7:]]
 
 
 def test_a_client_that_does_not_come_is_waited_for_no_longer_than_said(local_llm, engine_of):
@@ -168,7 +177,7 @@ def test_who_waits_too_long_is_told_the_knobs(local_llm, engine_of):
     engine = engine_of(llm, workers=1, wait_seconds=0.3)
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(engine.run, [rows(0)], values(0), grad=True)
-        time.sleep(0.1)
+        until(lambda: llm.passes)
         with pytest.raises(FedmmError, match=r"busy for 0.3 s.*link.workers, link.merge_rows"):
             engine.run([rows(1)], values(1), grad=True)
         llm.go.set()
@@ -181,11 +190,11 @@ def test_who_gave_up_waiting_is_no_trouble_when_the_host_closes(local_llm):
     engine = Engine(llm, workers=1, wait_seconds=0.2)
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(engine.run, [rows(0)])
-        time.sleep(0.1)
+        until(lambda: llm.passes)
         with pytest.raises(FedmmError, match="busy"):
             engine.run([rows(1)])
         closing = pool.submit(engine.close)
-        time.sleep(0.1)
+        until(lambda: not engine._open)
         llm.go.set()
         slow.result()
         closing.result()
@@ -204,9 +213,9 @@ def test_steps_that_wait_when_the_host_closes_are_told(local_llm):
     engine = Engine(llm, workers=1)
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(engine.run, [rows(0)])
-        time.sleep(0.1)
+        until(lambda: llm.passes)
         waiting = pool.submit(engine.run, [rows(1)])
-        time.sleep(0.1)
+        until(lambda: engine._queue)
         closing = pool.submit(engine.close)
         with pytest.raises(FedmmError, match="closing"):
             waiting.result()

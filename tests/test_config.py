@@ -68,6 +68,7 @@ def test_the_options_named_are_those_of_what_was_chosen():
         (["clients_per_round=9"], "clients_per_round must be from 1 to clients=5"),
         (["link.loss=server"], "link.loss must be auto or client"),
         (["compare=[fedavg,fedmagic]"], "compare names 'fedmagic'; available options: .*fedavg"),
+        (["arm=fedavg", "rule=krum", "clients=4"], "rule.byzantine=1 needs 5 clients a round, got 4"),
         (["arm=fedavg", "rule=fisher"], "rule=fisher needs a method that makes a Fisher; set method=fednano"),
         (["method.use=[local]"], "method.use="),
         (["evaluate.split=train"], "evaluate.split must be"),

@@ -107,9 +107,9 @@ class Adapted(nn.Module):
         return x + self.adapter.scale * (x @ self.adapter.down.T) @ self.adapter.up.T
 
 
-def test_split_equals_undivided(llava_folder, edge):
+def test_split_equals_undivided(llava_folder, edge, processor):
     """Two questions of one length, so that both models multiply matrices of the same shape."""
-    model, processor = load(llava_folder)
+    model, _ = load(llava_folder)
     examples = [example for example in some_examples(6) if example.answer in ("two", "one")]
     batch = collate(prepare(examples, processor, PROMPT))
     split = Model(edge, LocalLLM(model))(batch)
@@ -167,7 +167,7 @@ def test_a_folded_checkpoint_generates_what_the_split_does(tmp_path, llava_folde
     again, _ = load(tmp_path)
     for item, row in zip(items, said, strict=True):
         out = again.generate(
-            input_ids=torch.tensor([item.prompt]), pixel_values=item.pixels, max_new_tokens=6, do_sample=False
+            input_ids=item.prompt[None].long(), pixel_values=item.pixels(), max_new_tokens=6, do_sample=False
         )[0, len(item.prompt) :]
         assert out.tolist() == row[: len(out)].tolist()
 

@@ -6,6 +6,7 @@ base = connector(features) at image positions, token table at text positions; pa
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,31 @@ from fedmm.types import Part
 KEY_BYTES = 16
 KINDS = ("image", "text")
 """The kinds of positions, each with an adapter of its own in every set."""
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A token table: a tensor (V, D), or what gives rows as one does."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, tokens_N: Tensor, /) -> Tensor: ...
+
+
+class Connector(nn.Module):
+    """LLaVA's two linear layers. transformers' own class of them takes a second and 60 MB to import."""
+
+    def __init__(self, encoder_width: int, width: int, *, activation: str = "gelu", bias: bool = True) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self.linear_1 = nn.Linear(encoder_width, width, bias=bias)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(width, width, bias=bias)
+
+    def forward(self, features_MPE: Float[Tensor, "M P E"]) -> Float[Tensor, "M P D"]:
+        return self.linear_2(self.act(self.linear_1(features_MPE)))
 
 
 def key_of(features_IPE: Float[Tensor, "I P E"]) -> bytes:
@@ -33,9 +59,9 @@ def image_part(connector: nn.Module, features_MPE: Float[Tensor, "M P E"], image
     return Part("image", x_ND, image_N)
 
 
-def text_part(table_VD: Float[Tensor, "V D"], tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
+def text_part(table_VD: Table, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
     """The token table, looked up where it is needed and nowhere else, in fp32."""
-    return Part("text", nn.functional.embedding(tokens_BT.flatten()[text_N], table_VD).float(), text_N)
+    return Part("text", table_VD[tokens_BT.flatten()[text_N]].float(), text_N)
 
 
 def positions(image_BT: Bool[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:

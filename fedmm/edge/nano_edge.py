@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedmm.edge import base
 from fedmm.edge.adapters import NanoAdapter
+from fedmm.edge.encoder import Encoder
 from fedmm.types import Batch, Embeds, LowRank, Part, Source, State, TokenTerm
 
 
@@ -32,41 +33,33 @@ class Lora:
 
 
 class NanoEdge(nn.Module):
-    """Encoder, connector, token table, and named sets of adapters; only adapters have gradients."""
+    """Encoder, connector, token table, and named sets of adapters; only adapters have gradients.
 
-    table_VD: Tensor
+    Without an encoder it takes features only.
+    """
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: nn.Module | None,
         connector: nn.Module,
-        table_VD: Float[Tensor, "V D"],
+        table_VD: base.Table,
         *,
-        layer: int | Sequence[int] = -2,
-        drop_first: bool = True,
         sets: Sequence[str] = ("shared",),
         rank: int = 16,
         alpha: float = 32.0,
         lora: Lora | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder = encoder
         self.connector = connector.eval().requires_grad_(False)
-        self.register_buffer("table_VD", table_VD, persistent=False)
-        self._layer, self._drop_first = layer, drop_first
+        self.table_VD = table_VD
         width = table_VD.shape[1]
         self.adapters = nn.ModuleDict(
             {name: nn.ModuleDict({kind: NanoAdapter(width, rank, alpha) for kind in base.KINDS}) for name in sets}
         )
         self.lora = bool(lora and lora.rank)
         if lora and lora.rank:
-            _inject(self.encoder, self.connector, sets, lora)
-
-    def encode(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M P E"]:
-        """The encoder's features of the chosen layers side by side, without the class token where it is dropped."""
-        hidden = self.encoder(pixels_MCHW, output_hidden_states=True).hidden_states
-        layers = [self._layer] if isinstance(self._layer, int) else self._layer
-        return torch.cat([hidden[layer][:, 1:] if self._drop_first else hidden[layer] for layer in layers], dim=-1)
+            _inject(list(self._inner().values()), sets, lora)
 
     def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
         """The embeddings of a batch with the named sets acting together, each with weight 1 / len(use)."""
@@ -99,8 +92,8 @@ class NanoEdge(nn.Module):
     def _features(self, batch: Batch) -> Float[Tensor, "M P E"]:
         if batch.features_MPE is not None:
             return batch.features_MPE
-        assert batch.pixels is not None, "a batch holds pixels or features"
-        return self.encode(batch.pixels)
+        assert batch.pixels is not None and self.encoder is not None, "without features it takes pixels and an encoder"
+        return self.encoder(batch.pixels)
 
     def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
         """The text adapters in use, as `generate` takes them along."""
@@ -110,8 +103,8 @@ class NanoEdge(nn.Module):
         """The parameters of one set, under names that are the same in every set: `text.up`, `encoder....lora_A`."""
         own = dict(self.adapters[name].named_parameters())
         if self.lora:
-            for part in ("encoder", "connector"):
-                for path, parameter in getattr(self, part).named_parameters():
+            for part, module in self._inner().items():
+                for path, parameter in module.named_parameters():
                     if f".{name}.weight" in path and "lora_" in path:
                         own[f"{part}.{path.replace(f'.{name}.weight', '')}"] = parameter
         return own
@@ -150,6 +143,10 @@ class NanoEdge(nn.Module):
             for parameter in self.trainable(name).values():
                 parameter.requires_grad_(name in names)
 
+    def _inner(self) -> dict[str, nn.Module]:
+        """Where LoRA may be."""
+        return {"encoder": cast(Encoder, self.encoder).tower, "connector": self.connector}
+
     def _adapter(self, name: str, kind: str) -> NanoAdapter:
         adapter = cast(nn.ModuleDict, self.adapters[name])[kind]
         assert isinstance(adapter, NanoAdapter)
@@ -170,14 +167,14 @@ class NanoEdge(nn.Module):
             parameter.requires_grad_(flag)
 
 
-def _inject(encoder: nn.Module, connector: nn.Module, sets: Sequence[str], lora: Lora) -> None:
+def _inject(parts: Sequence[nn.Module], sets: Sequence[str], lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import
 
-    for part in (encoder, connector):
+    for part in parts:
         names = {path.rsplit(".", 1)[-1] for path, _ in part.named_modules()}
         targets = [name for name in lora.targets if name in names]
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
         for name in sets if targets else ():
             inject_adapter_in_model(config, part, adapter_name=name)
-    if not any("lora_" in path for part in (encoder, connector) for path, _ in part.named_parameters()):
+    if not any("lora_" in path for part in parts for path, _ in part.named_parameters()):
         raise ValueError(f"edge.lora.targets={list(lora.targets)} names no module of the encoder or connector")

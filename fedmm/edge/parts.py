@@ -6,6 +6,8 @@ needs neither a model hub nor the LLM. Its hash names it, at the host, on the li
 
 from __future__ import annotations
 
+import functools
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +18,14 @@ import torch
 from torch import nn
 
 from fedmm import tree
+from fedmm.edge.base import Connector, Table
+from fedmm.edge.encoder import Encoder
 from fedmm.edge.nano_edge import Lora, NanoEdge
+from fedmm.edge.prepare import Processor
 from fedmm.types import State
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, ProcessorMixin
+    from transformers import LlavaForConditionalGeneration, PretrainedConfig, ProcessorMixin
 
 _FILES = (".json", ".jinja", ".model", ".txt")  # what a processor may consist of
 
@@ -31,13 +36,16 @@ def take(model: LlavaForConditionalGeneration, processor: ProcessorMixin) -> Sta
     for name, module in (("encoder", model.model.vision_tower), ("connector", model.model.multi_modal_projector)):
         parts |= {f"{name}/{key}": tensor.detach().cpu() for key, tensor in module.state_dict().items()}
     parts["table"] = model.get_input_embeddings().weight.detach().cpu()
+    return parts | take_files(model.config, processor)
+
+
+def take_files(config: PretrainedConfig, processor: ProcessorMixin) -> State:
+    """Config and processor as files, as they are among the frozen parts."""
     with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
+        config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir()):
-            if path.suffix in _FILES:
-                parts[f"file/{path.name}"] = torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())
-    return parts
+        paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in _FILES]
+        return {f"file/{p.name}": torch.from_numpy(np.frombuffer(p.read_bytes(), np.uint8).copy()) for p in paths}
 
 
 def describe(model: LlavaForConditionalGeneration, parts: State, prompt: str) -> dict[str, Any]:
@@ -59,55 +67,94 @@ def describe(model: LlavaForConditionalGeneration, parts: State, prompt: str) ->
 def build(
     parts: Mapping[str, torch.Tensor],
     *,
+    encoder: bool = True,
+    table: Table | None = None,
     sets: Sequence[str] = ("shared",),
     rank: int = 16,
     alpha: float = 32.0,
     lora: Lora | None = None,
-) -> tuple[NanoEdge, ProcessorMixin]:
-    """A NanoEdge and its processor from what `take` gave. Raises ValueError where it is not that.
+) -> tuple[NanoEdge, Processor]:
+    """A NanoEdge, with its encoder or without, and its processor from what `take` gave. Raises ValueError for others.
 
-    The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored, and is looked up.
+    The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored, and is looked up, in
+    `table` where that is another way to the same rows.
     """
+    built, (connector, table_VD) = build_encoder(parts) if encoder else None, build_base(parts)
+    table = table_VD if table is None else table
+    return NanoEdge(built, connector, table, sets=sets, rank=rank, alpha=alpha, lora=lora), _processor(parts)
+
+
+def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
+    """The encoder, in fp32, from what `take` gave."""
     from transformers import AutoModel
 
-    config, processor = _files(parts)
+    config = _config(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
-    encoder = AutoModel.from_config(config.vision_config, dtype=torch.float32)
-    encoder.load_state_dict(_of("encoder", parts))
-    edge = NanoEdge(
-        encoder.float(),
-        *build_base(parts),
-        layer=config.vision_feature_layer,
-        drop_first=config.vision_feature_select_strategy == "default",
-        sets=sets,
-        rank=rank,
-        alpha=alpha,
-        lora=lora,
-    )
-    return edge, processor
+    tower = AutoModel.from_config(config.vision_config, dtype=torch.float32)
+    _load(tower, "encoder", parts)
+    drop_first = config.vision_feature_select_strategy == "default"
+    return Encoder(tower, layer=config.vision_feature_layer, drop_first=drop_first)
 
 
-def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[nn.Module, torch.Tensor]:
+def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tensor]:
     """Connector, in fp32, and token table from what `take` gave: what forms a base, at a client and at the host."""
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+    config = _config(parts)
+    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    connector = Connector(
+        layers * config.vision_config.hidden_size,
+        config.text_config.hidden_size,
+        activation=config.projector_hidden_act,
+        bias=config.multimodal_projector_bias,
+    )
+    _load(connector, "connector", parts)
+    return connector.eval().requires_grad_(False), parts["table"]
 
-    connector = LlavaMultiModalProjector(_files(parts)[0])
-    connector.load_state_dict(_of("connector", parts))
-    return connector.float().eval().requires_grad_(False), parts["table"]
+
+def _processor(parts: Mapping[str, torch.Tensor]) -> Processor:
+    from transformers import AutoTokenizer
+
+    config = _config(parts)
+    numbers = json.loads(parts["file/processor_config.json"].numpy().tobytes())
+    side = config.vision_config.image_size // numbers["patch_size"]
+    first = numbers.get("num_additional_image_tokens", 0) - (numbers["vision_feature_select_strategy"] == "default")
+    return Processor(
+        _from_files(AutoTokenizer, parts),
+        placeholder=config.image_token_id,
+        places=side * side + first,
+        load_images=functools.cache(functools.partial(_images, parts)),
+    )
 
 
-def _of(part: str, parts: Mapping[str, torch.Tensor]) -> State:
-    return {key.removeprefix(f"{part}/"): t for key, t in parts.items() if key.startswith(f"{part}/")}
+def _images(parts: Mapping[str, torch.Tensor]) -> Any:
+    from transformers import AutoImageProcessor
+
+    return _from_files(AutoImageProcessor, parts)
 
 
-def _files(parts: Mapping[str, torch.Tensor]) -> tuple[Any, ProcessorMixin]:
-    """Config and processor, from the files among the parts. Raises ValueError where they are no processor's."""
-    from transformers import AutoConfig, AutoProcessor
+def _config(parts: Mapping[str, torch.Tensor]) -> Any:
+    from transformers import AutoConfig
 
-    files = {name.removeprefix("file/"): t for name, t in parts.items() if name.startswith("file/")}
-    if bad := [name for name in files if Path(name).name != name or Path(name).suffix not in _FILES]:
+    return _from_files(AutoConfig, parts)
+
+
+def _from_files(auto: Any, parts: Mapping[str, torch.Tensor]) -> Any:
+    """What one of transformers' Auto classes makes of the files among the parts. Raises ValueError for other files."""
+    names = [name.removeprefix("file/") for name in parts if name.startswith("file/")]
+    if bad := [name for name in names if Path(name).name != name or Path(name).suffix not in _FILES]:
         raise ValueError(f"the host sent files that are no processor's: {bad}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, tensor in files.items():
-            (Path(folder) / name).write_bytes(tensor.numpy().tobytes())
-        return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        for name in names:
+            (Path(folder) / name).write_bytes(parts[f"file/{name}"].numpy().tobytes())
+        return auto.from_pretrained(folder)
+
+
+def _load(module: nn.Module, part: str, parts: Mapping[str, torch.Tensor]) -> None:
+    """Copy one part into `module`, a tensor at a time: mapped from a file, it is so never in memory whole."""
+    wanted = {f"{part}/{name}": tensor for name, tensor in module.state_dict().items()}
+    if odd := wanted.keys() ^ {name for name in parts if name.startswith(f"{part}/")}:
+        raise ValueError(f"the host's {part} is not what its config says: {sorted(odd)[:3]}")
+    for name, tensor in wanted.items():
+        came = parts[name]
+        if came.shape != tensor.shape:
+            raise ValueError(f"{name!r} has shape {tuple(came.shape)}, the host's config says {tuple(tensor.shape)}")
+        tensor.copy_(came)

@@ -1,99 +1,137 @@
-"""From examples to batches: tokens, pixels, and once per example, where the encoder is frozen, its features."""
+"""From examples to batches: tokens at once, pixels or the encoder's features when a batch wants them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
-from fedmm import codecs
+from fedmm.codecs import Codec
 from fedmm.edge import base
+from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.nano_edge import NanoEdge
+from fedmm.store import Store
 from fedmm.types import IGNORE, Batch, Example
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedTokenizerBase
 
-ENCODE_AT_ONCE = 32  # images; fixed, because another shape would change the last bits of the features
+
+@dataclass(frozen=True)
+class Processor:
+    """A LLaVA's processor. Its half for images is loaded when it sees one: importing that takes a second and 60 MB.
+
+    `placeholder` is the token that stands for an image in a prompt, and `places` how many positions an image takes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    placeholder: int
+    places: int
+    load_images: Callable[[], Any]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Float[Tensor, "I C H W"]:
+        return self.load_images()(list(images), return_tensors="pt")["pixel_values"]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One example as the edge reads it; `pixels` (images, C, H, W), or `features` (images, P, E) in their place."""
+    """One example as the edge reads it. It holds no image: thousands of them would not fit.
+
+    `content` is a hash of its images. With an `encoder` a batch takes features from there, else it takes `pixels`.
+    """
 
     id: str
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    image: tuple[bool, ...]
+    prompt: Int[Tensor, " T"]
+    image: Bool[Tensor, " T"]
+    answer: Int[Tensor, " A"]
     truth: str
-    pixels: Tensor | None = None
-    features: Tensor | None = None
-    key: bytes = b""  # of the features
+    content: str
+    pixels: Callable[[], Float[Tensor, "I C H W"]]
+    encoder: CachedEncoder | None = None
 
 
-def prepare(examples: Sequence[Example], processor: ProcessorMixin, prompt: str) -> list[Prepared]:
-    """Tokenise and preprocess. `prompt` is a template with `{question}`; the answer ends with the stop token."""
-    if not examples:
-        return []
-    tokenizer, stop = processor.tokenizer, processor.tokenizer.eos_token_id
-    texts = [prompt.format(question=example.question) for example in examples]
-    images = [image for example in examples for image in example.images]
-    inputs = processor(images=images, text=texts)
-    pixels = torch.as_tensor(inputs["pixel_values"]) if isinstance(inputs["pixel_values"], Tensor) else None
-    if pixels is None:
-        pixels = torch.stack([torch.as_tensor(image) for image in inputs["pixel_values"]])
-    parts = pixels.split([len(example.images) for example in examples])
-    answers = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
-    placeholder = processor.image_token_id
-    return [
-        Prepared(
-            example.id,
-            tuple(tokens),
-            (*answer, stop),
-            tuple(token == placeholder for token in tokens),
-            example.answer,
-            part,
-        )
-        for example, tokens, answer, part in zip(examples, inputs["input_ids"], answers, parts, strict=True)
-    ]
+def prepare(
+    examples: Sequence[Example], processor: Processor, prompt: str, encoder: CachedEncoder | None = None
+) -> list[Prepared]:
+    """Tokenise. `prompt` is a template with `{question}`; the answer ends with the stop token.
 
-
-@torch.no_grad()
-def encode(edge: NanoEdge, items: Sequence[Prepared], codec: codecs.Codec = "none") -> list[Prepared]:
-    """Put features in the place of pixels, which is exact while the encoder is frozen, and so is what follows.
-
-    With another codec than none they are rounded here, once, to what travels and is kept.
+    The tokens are the processor's own, which finds how many placeholders an image takes by looking at its pixels.
+    Raises ValueError where a prompt has more or fewer of them than the example has images.
     """
-    pixels = torch.cat([item.pixels for item in items if item.pixels is not None])
-    features = torch.cat([edge.encode(chunk) for chunk in pixels.split(ENCODE_AT_ONCE)])
-    parts = features.split([len(item.pixels) for item in items if item.pixels is not None])
-    own = [codecs.rounded(part, codec).clone() for part in parts]  # a sample at a time, as they travel
-    return [
-        replace(item, pixels=None, features=features_IPE, key=base.key_of(features_IPE))
-        for item, features_IPE in zip(items, own, strict=True)
-    ]
+    tokenizer = processor.tokenizer
+    seen = [(replace(e, images=()), len(e.images), content_of(e.images)) for e in examples]  # may be decoded on access
+    if not seen:
+        return []
+    prompts = tokenizer([prompt.format(question=example.question) for example, _, _ in seen])["input_ids"]
+    answers = tokenizer([example.answer for example, _, _ in seen], add_special_tokens=False)["input_ids"]
+    items = []
+    for i, ((example, count, content), tokens, answer) in enumerate(zip(seen, prompts, answers, strict=True)):
+        tokens_T = torch.tensor(tokens, dtype=torch.int32)
+        image_T = tokens_T == processor.placeholder
+        if (places := int(image_T.sum())) != count:
+            raise ValueError(f"{example.id}: {places} placeholders in its prompt for {count} images; see llm.prompt")
+        times_T = torch.where(image_T, processor.places, 1)
+        items.append(
+            Prepared(
+                id=example.id,
+                prompt=tokens_T.repeat_interleave(times_T),
+                image=image_T.repeat_interleave(times_T),
+                answer=torch.tensor([*answer, tokenizer.eos_token_id], dtype=torch.int32),
+                truth=example.answer,
+                content=content,
+                pixels=functools.partial(_pixels, processor, examples, i),
+                encoder=encoder,
+            )
+        )
+    return items
+
+
+def content_of(images: Sequence[Image.Image]) -> str:
+    """A hash of all that a processor sees of some images."""
+    total = hashlib.blake2b(digest_size=16)
+    for image in images:
+        about = image.mode, image.size, image.getpalette(), image.info.get("transparency")
+        total.update(f"{about};".encode())
+        total.update(image.tobytes())
+    return total.hexdigest()
+
+
+def encode(edge: NanoEdge, items: Sequence[Prepared], codec: Codec = "none") -> list[Prepared]:
+    """The items with features in the place of pixels, in memory; see `CachedEncoder` for another place.
+
+    That is exact while the encoder is frozen, but for what another codec than none rounds.
+    """
+    encoder = edge.encoder
+    assert isinstance(encoder, Encoder), "an edge built without its encoder makes no features"
+    cached = CachedEncoder(lambda: encoder, Store(memory_bytes=1 << 40), "memory", codec)
+    cached.fill(items)
+    return [replace(item, encoder=cached) for item in items]
 
 
 def collate(items: Sequence[Prepared], *, answers: bool = True) -> Batch:
     """A batch, right-padded; with `answers=False` the prompts alone, for generation."""
-    rows = [item.prompt + (item.answer[:-1] if answers else ()) for item in items]  # the stop token predicts nothing
+    rows = [torch.cat([item.prompt, item.answer[:-1]]) if answers else item.prompt for item in items]  # no stop token
     B, T, A = len(items), max(map(len, rows)), max(len(item.answer) for item in items)
     tokens_BT = torch.zeros(B, T, dtype=torch.int64)
     mask_BT, image_BT = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
     keep_BA, labels_BA = torch.zeros(B, A, dtype=torch.int64), torch.full((B, A), IGNORE)
     for b, (item, row) in enumerate(zip(items, rows, strict=True)):
-        tokens_BT[b, : len(row)] = torch.tensor(row)
+        tokens_BT[b, : len(row)] = row
         mask_BT[b, : len(row)] = True
-        image_BT[b, : len(item.image)] = torch.tensor(item.image)
+        image_BT[b, : len(item.image)] = item.image
         if answers:
             start = len(item.prompt) - 1  # the logits at t predict the token at t + 1
             keep_BA[b, : len(item.answer)] = torch.arange(start, start + len(item.answer))
-            labels_BA[b, : len(item.answer)] = torch.tensor(item.answer)
-    pixels = [item.pixels for item in items if item.pixels is not None]
-    features = [item.features for item in items if item.features is not None]
+            labels_BA[b, : len(item.answer)] = item.answer
+    encoder = items[0].encoder
+    features = encoder(items) if encoder else []
     return Batch(
         ids=tuple(item.id for item in items),
         tokens_BT=tokens_BT,
@@ -101,9 +139,9 @@ def collate(items: Sequence[Prepared], *, answers: bool = True) -> Batch:
         image_BT=image_BT,
         keep_BA=keep_BA,
         labels_BA=labels_BA,
-        pixels=torch.cat(pixels) if pixels else None,
-        features_MPE=torch.cat(features) if features else None,
-        keys=tuple(item.key for item in items) if features else None,
+        pixels=None if encoder else torch.cat([item.pixels() for item in items]),
+        features_MPE=torch.cat(features) if encoder else None,
+        keys=tuple(map(base.key_of, features)) if encoder else None,
     )
 
 
@@ -112,3 +150,7 @@ def batches(items: Sequence[Prepared], size: int, generator: torch.Generator) ->
     order = torch.randperm(len(items), generator=generator).tolist()
     for start in range(0, len(order), size):
         yield collate([items[i] for i in order[start : start + size]])
+
+
+def _pixels(processor: Processor, examples: Sequence[Example], i: int) -> Tensor:
+    return processor.pixels(examples[i].images)

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import resource
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from fedmm import seeds, tree
 from fedmm.codecs import Codecs
 from fedmm.edge import parts as edge_parts
+from fedmm.edge.base import Table
+from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.nano_edge import Lora, NanoEdge
-from fedmm.edge.prepare import Prepared, encode, prepare
+from fedmm.edge.prepare import Prepared, Processor, prepare
 from fedmm.evaluate.answers import Answer, answers
 from fedmm.llm import tls
 from fedmm.llm.remote import RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.runs import home
 from fedmm.runs.config import Config, load, make
+from fedmm.store import Store
 from fedmm.train import train
 from fedmm.types import Example, State, Update
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,30 @@ def initial_state(cfg: Config, edge: NanoEdge, name: str) -> State:
     return edge.state(name)
 
 
-def build_edge(cfg: Config, parts: State) -> tuple[NanoEdge, ProcessorMixin]:
-    """The NanoEdge that `cfg` asks for from the frozen parts of the host."""
+def build_edge(
+    cfg: Config, parts: Mapping[str, Tensor], *, encoder: bool = True, table: Table | None = None
+) -> tuple[NanoEdge, Processor]:
+    """The NanoEdge that `cfg` asks for from the frozen parts of the host; without its encoder, for features only."""
     lora = Lora(cfg.edge.lora.rank, cfg.edge.lora.alpha, tuple(cfg.edge.lora.targets))
     return edge_parts.build(
-        parts, sets=tuple(cfg.method.sets), rank=cfg.edge.rank, alpha=cfg.edge.alpha, lora=lora if lora.rank else None
+        parts,
+        encoder=encoder,
+        table=table,
+        sets=tuple(cfg.method.sets),
+        rank=cfg.edge.rank,
+        alpha=cfg.edge.alpha,
+        lora=lora if lora.rank else None,
     )
+
+
+def cached_encoder(cfg: Config, parts: Mapping[str, Tensor], digest: str) -> CachedEncoder | None:
+    """Where batches take features from. None: nothing is kept, they hold pixels, and the edge encodes in every step."""
+    bounds = cfg.edge.cache_memory_mb << 20, cfg.edge.cache_disk_mb << 20
+    if cfg.edge.lora.rank or not any(bounds):
+        return None
+    build = functools.partial(edge_parts.build_encoder, parts)
+    codec = Codecs(features=cfg.link.codec.features).of("features")
+    return CachedEncoder(build, _store(home.home() / "features", *bounds), digest[:32], codec)
 
 
 def take_part(order: Order) -> Report:
@@ -130,35 +150,38 @@ def take_part(order: Order) -> Report:
     ) as session:
         card = dict(session.call("card").meta)
         parts = _parts(session, card["edge"])
-        edge, processor = build_edge(cfg, parts)
+        encoder = cached_encoder(cfg, parts, card["edge"])
+        edge, processor = build_edge(cfg, parts, encoder=encoder is None, table=parts.rows("table"))
         codec = cfg.link.codec
         codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
         llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, codecs=codecs)
         model = Model(edge, llm, cfg.link.loss)
         anchor = dict(session.call("state").tensors)
         _load_sets(cfg, edge, order, anchor)
-        site = _Site(cfg, edge, processor, card)
         own = held_parts(cfg, order.client)
+        read = functools.partial(_items, cfg, processor, card["prompt"], encoder)
+        tests = {part: read(cfg.evaluate.split, part) for part in scored_parts(cfg, order)} if order.score else {}
+        items = [item for part in own for item in read("train", part)] if order.train else []
         ready = time.perf_counter()
+        if encoder:
+            encoder.fill([*items, *itertools.chain.from_iterable(tests.values())])
+        encoded = time.perf_counter()
 
         scores: dict[int, tuple[int, int]] = {}
         said: list[tuple[int, Answer]] = []
-        if order.score:
-            for part in scored_parts(cfg, order):
-                given = site.answers(model, part)
-                scores[part] = (sum(answer.right for answer in given), len(given))
-                if order.answers and part in own:
-                    said += [(part, answer) for answer in given]
+        for part, questions in tests.items():
+            given = _answers(cfg, model, questions, processor)
+            scores[part] = (sum(answer.right for answer in given), len(given))
+            if order.answers and part in own:
+                said += [(part, answer) for answer in given]
         scored = time.perf_counter()
 
-        metrics: dict[str, float] = {}
-        if order.train:
-            items = [item for part in own for item in site.items("train", part)]
-            metrics = _train(cfg, order, session, model, anchor, items)
+        metrics = _train(cfg, order, session, model, anchor, items) if order.train else {}
         metrics |= {
             "seconds": time.perf_counter() - began,
             "start_seconds": ready - began,
-            "score_seconds": scored - ready,
+            "encode_seconds": encoded - ready,
+            "score_seconds": scored - encoded,
             "link_seconds": session.wait_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
             "edge_parameters": float(card["edge_parameters"]),
@@ -220,67 +243,55 @@ def _send(session: Session, update: Update) -> None:
     session.call("update", tensors, num_examples=update.num_examples, fisher=has_fisher, metrics=dict(update.metrics))
 
 
-def _parts(session: Session, digest: str) -> State:
-    """The frozen parts: from this machine where it has them, else fetched once and kept under their hash."""
-    if (parts := home.load_parts(digest)) is None:
-        parts = dict(session.call("edge").tensors)
-        if (came := tree.digest(parts)) != digest:
-            raise ValueError(f"the host's frozen parts have hash {came[:12]}, its card says {digest[:12]}")
-        home.save_parts(digest, parts)
+def _parts(session: Session, digest: str) -> home.Mapped:
+    """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
+    if home.load_parts(digest) is None:
+        home.save_parts(digest, dict(session.call("edge").tensors))
+    parts = home.load_parts(digest)
+    assert parts is not None
     return parts
 
 
+def _items(
+    cfg: Config, processor: Processor, prompt: str, encoder: CachedEncoder | None, split: str, part: int
+) -> list[Prepared]:
+    """One part of a split, made ready for the edge."""
+    return prepare(_Some(splits(cfg)[split], partition(cfg, split)[part]), processor, prompt, encoder)
+
+
 @dataclass(frozen=True)
-class _Site:
-    """This machine's examples, made ready for the edge, part by part."""
+class _Some(Sequence[Example]):
+    """Some examples of a split, asked for one by one: a dataset may decode its images only then."""
 
-    cfg: Config
-    edge: NanoEdge
-    processor: ProcessorMixin
-    card: dict[str, Any]
+    split: Sequence[Example]
+    indices: list[int]
 
-    def items(self, split: str, part: int) -> list[Prepared]:
-        """One part of a split; with a frozen encoder as features, which this process then remembers."""
-        if self.edge.lora or not self.cfg.edge.keep_features:
-            return self._prepare(split, part)
-        key = self._key(split, part)
-        with _remembering:
-            found = _remembered.get(key)
-        if found is None:
-            found = encode(self.edge, self._prepare(split, part))
-            with _remembering:
-                _remembered[key] = found
-                while len(_remembered) > _REMEMBERED_PARTS:
-                    del _remembered[next(iter(_remembered))]
-        return found
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    def answers(self, model: Model, part: int) -> list[Answer]:
-        evaluate = self.cfg.evaluate
-        return answers(
-            model,
-            self.items(evaluate.split, part),
-            self.processor.tokenizer,
-            use=tuple(self.cfg.method.use),
-            batch_size=evaluate.batch_size,
-            max_tokens=evaluate.max_tokens,
-        )
+    def __getitem__(self, i: Any) -> Any:
+        return self.split[self.indices[i]]
 
-    def _key(self, split: str, part: int) -> tuple[Any, ...]:
-        """Everything that the features of a part depend on."""
-        cfg = self.cfg
-        data = (OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.seed, cfg.clients, split, part)
-        return (*data, self.card["edge"], self.card["prompt"], cfg.threads)
 
-    def _prepare(self, split: str, part: int) -> list[Prepared]:
-        indices = partition(self.cfg, split)[part]
-        examples = splits(self.cfg)[split]
-        return prepare([examples[i] for i in indices], self.processor, self.card["prompt"])
+def _answers(cfg: Config, model: Model, items: list[Prepared], processor: Processor) -> list[Answer]:
+    evaluate = cfg.evaluate
+    return answers(
+        model,
+        items,
+        processor.tokenizer,
+        use=tuple(cfg.method.use),
+        batch_size=evaluate.batch_size,
+        max_tokens=evaluate.max_tokens,
+    )
 
 
 _RSS_UNIT_BYTES = 1.0 if sys.platform == "darwin" else 1024.0
-_REMEMBERED_PARTS = 16  # a process may serve several clients in turn; correctness rests on none of this
-_remembering = threading.Lock()
-_remembered: dict[tuple[Any, ...], list[Prepared]] = {}
+
+
+@functools.cache  # clients of one process share it
+def _store(folder: Path, memory_bytes: int, disk_bytes: int) -> Store:
+    knobs = "edge.cache_memory_mb or edge.cache_disk_mb"
+    return Store(memory_bytes=memory_bytes, folder=folder, disk_bytes=disk_bytes, knobs=knobs)
 
 
 @functools.lru_cache(maxsize=4)

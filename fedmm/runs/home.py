@@ -5,14 +5,18 @@ Everything is written aside and renamed, so that a reader never sees half a file
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedmm import tree
@@ -26,35 +30,96 @@ def home() -> Path:
 
 def save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a state so that it is there whole or not at all."""
-    data = safetensors.torch.save({name: t.detach().contiguous() for name, t in state.items()}, metadata)
-    write(path, data)
+    with _aside(path) as aside:
+        safetensors.torch.save_file({name: t.detach().contiguous() for name, t in state.items()}, aside, metadata)
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file aside, flush it to the disk, rename it."""
+    """Write a file so that it is there whole or not at all."""
+    with _aside(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A file to write; then it is flushed to the disk and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
+    yield aside
+    with aside.open("rb+") as file:
         os.fsync(file.fileno())
     aside.replace(path)
 
 
-def load_parts(digest: str) -> State | None:
-    """The frozen parts with this hash, or None where they are not here or are not what they claim."""
-    path = home() / "edge" / f"{_name(digest)}.safetensors"
-    if not path.exists():
-        return None
+class Mapped(Mapping[str, Tensor]):
+    """The tensors of a file, each mapped anew when it is asked for: its pages leave memory when it does.
+
+    Raises SafetensorError for a file that is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = frozenset(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def rows(self, name: str) -> Rows:
+        """A tensor of which only rows are wanted."""
+        with self._path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            start, _ = json.loads(file.read(header_bytes))[name]["data_offsets"]
+        return Rows(self._path, 8 + header_bytes + start, self[name].shape, self[name].dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a tensor in a file, read when they are asked for.
+
+    Of a mapped one they would stay in memory, and what lies around them: 1.2 MB a row on ext4 of Linux 6.18.
+    """
+
+    path: Path
+    start: int  # where the tensor is in the file
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def __getitem__(self, rows_N: Tensor) -> Tensor:
+        found = torch.empty(len(rows_N), *self.shape[1:], dtype=self.dtype)
+        raw = found.view(torch.uint8).numpy()
+        with self.path.open("rb", buffering=0) as file:
+            for into, row in zip(raw, rows_N.tolist(), strict=True):
+                file.seek(self.start + row * into.nbytes)
+                file.readinto(into.data)
+        return found
+
+
+def load_parts(digest: str) -> Mapped | None:
+    """The frozen parts of this hash, or None where they are not here or their file is not whole.
+
+    They had it when they were saved; to hash what may be a gigabyte in every process would read it all.
+    """
     try:
-        parts = safetensors.torch.load_file(path)
-    except SafetensorError:
+        return Mapped(_parts(digest))
+    except (FileNotFoundError, SafetensorError):
         return None
-    return parts if tree.digest(parts) == digest else None
 
 
 def save_parts(digest: str, parts: State) -> None:
-    save(parts, home() / "edge" / f"{_name(digest)}.safetensors")
+    """Keep the frozen parts. Raises ValueError where they have another hash."""
+    if (came := tree.digest(parts)) != digest:
+        raise ValueError(f"the host's frozen parts have hash {came[:12]}, its card says {digest[:12]}")
+    save(parts, _parts(digest))
 
 
 def load_kept(run: str, client: int, round: int) -> State | None:
@@ -71,6 +136,10 @@ def save_kept(run: str, client: int, round: int, state: State, needed: int) -> N
     for path in _kept(run, client, round).parent.glob("round_*.safetensors"):
         if int(path.stem.removeprefix("round_")) < needed:
             path.unlink(missing_ok=True)
+
+
+def _parts(digest: str) -> Path:
+    return home() / "edge" / f"{_name(digest)}.safetensors"
 
 
 def _kept(run: str, client: int, round: int) -> Path:
