@@ -18,9 +18,4 @@ def mean(
     current: State, updates: Iterable[Update], memory: State, *, weights: running.Weights = "examples"
 ) -> tuple[State, State]:
     """Add the weighted mean of the deltas to `current`. Holds one update at a time; without any, nothing changes."""
-    average, total = tree.zeros_like(current), 0.0
-    for update in updates:
-        p = running.share(update, weights)
-        total += p
-        average = {name: running.step(average[name], update.delta[name], p, total) for name in current}
-    return tree.add(current, average), memory
+    return tree.add(current, running.average(current, updates, weights)), memory

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedmm.types import Update
+from fedmm import tree
+from fedmm.types import State, Update
 
 Weights = Literal["examples", "uniform"]
+
+
+def average(current: State, updates: Iterable[Update], weights: Weights) -> State:
+    """The weighted mean of the deltas; zero without any. Holds one update at a time."""
+    mean, total = tree.zeros_like(current), 0.0
+    for update in updates:
+        p = share(update, weights)
+        total += p
+        mean = {name: step(mean[name], update.delta[name], p, total) for name in current}
+    return mean
 
 
 def share(update: Update, weights: Weights) -> float:

@@ -1,0 +1,83 @@
+"""FedAdam and FedYogi: the server takes the mean change for a gradient, and each coordinate has a step of its own.
+
+    d = sum_k p_k (w_k - w)
+    m <- beta1 m + (1 - beta1) d                                     from 0
+    v <- beta2 v + (1 - beta2) d^2                     FedAdam       from tau^2
+    v <- v - (1 - beta2) d^2 sign(v - d^2)             FedYogi       from tau^2
+    w <- w + eta m / (sqrt(v) + tau)
+
+Without bias correction, as in the paper (Flower's strategies have one). A step is about eta in every coordinate that
+moves steadily, however far the clients went: also where clients agree, they are followed in direction, not in length.
+Source: Reddi et al. 2021, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from fedmm.aggregate import running
+from fedmm.types import State, Update
+
+
+def fedadam(
+    current: State,
+    updates: Iterable[Update],
+    memory: State,
+    *,
+    lr: float = 0.01,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+    weights: running.Weights = "examples",
+) -> tuple[State, State]:
+    """Adam on the server. `memory` keeps `first/NAME` and `second/NAME`. Holds one update at a time."""
+    _check(lr, beta1, beta2, tau)
+    change = running.average(current, updates, weights)
+    return _step(current, change, memory, lambda v, d2: beta2 * v + (1 - beta2) * d2, lr, beta1, tau)
+
+
+def fedyogi(
+    current: State,
+    updates: Iterable[Update],
+    memory: State,
+    *,
+    lr: float = 0.01,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
+    weights: running.Weights = "examples",
+) -> tuple[State, State]:
+    """Yogi on the server: v falls by d^2's size, not by its own, so one quiet round does not forget the loud ones."""
+    _check(lr, beta1, beta2, tau)
+    change = running.average(current, updates, weights)
+    return _step(current, change, memory, lambda v, d2: v - (1 - beta2) * d2 * torch.sign(v - d2), lr, beta1, tau)
+
+
+def _step(
+    current: State,
+    change: State,
+    memory: State,
+    second: Callable[[Tensor, Tensor], Tensor],
+    lr: float,
+    beta1: float,
+    tau: float,
+) -> tuple[State, State]:
+    merged: State = {}
+    kept: State = {}
+    for name, d in change.items():
+        m = beta1 * memory.get(f"first/{name}", torch.zeros_like(d)) + (1 - beta1) * d
+        v = second(memory.get(f"second/{name}", torch.full_like(d, tau**2)), d**2)
+        merged[name] = current[name] + lr * m / (v.sqrt() + tau)
+        kept |= {f"first/{name}": m, f"second/{name}": v}
+    return merged, kept
+
+
+def _check(lr: float, beta1: float, beta2: float, tau: float) -> None:
+    if not (lr > 0 and tau > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(
+            "an adaptive rule needs rule.lr and rule.tau above 0, rule.beta1 and rule.beta2 from 0 to below 1, got "
+            f"lr={lr:g} tau={tau:g} beta1={beta1:g} beta2={beta2:g}"
+        )

@@ -1,0 +1,71 @@
+"""Krum and multi-Krum: follow the clients who have the nearest neighbours.
+
+    s(k) = sum over the n - f - 2 nearest others i of |d_k - d_i|^2,   d the change over all tensors together
+    w <- w + mean of the m changes with the lowest scores              Krum: m = 1
+
+Whole changes are kept or dropped, so that no factor of one client meets another factor of a dropped one. What is kept
+need not be typical of clients who differ: where each has data of its own kind, Krum follows one kind. All clients count
+alike, as in `trimmed`.
+Source: Blanchard et al. 2017, section 4 (Krum, n >= 2f + 3) and their multi-Krum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedmm.aggregate import gathered
+from fedmm.aggregate.gathered import Gathered
+from fedmm.types import State
+
+
+def krum(current: State, updates: Gathered, memory: State, *, byzantine: int = 1) -> tuple[State, State]:
+    """Add the change of the one client with the lowest score to `current`; of equal ones, the first client's.
+
+    Bears garbage from `byzantine` clients, f. Holds all deltas. Raises ValueError for fewer than 2 f + 3 clients.
+    """
+    return multi_krum(current, updates, memory, byzantine=byzantine, keep=1)
+
+
+def multi_krum(
+    current: State, updates: Gathered, memory: State, *, byzantine: int = 1, keep: int | None = None
+) -> tuple[State, State]:
+    """Add the mean change of the `keep` clients with the lowest scores to `current`.
+
+    By default n - f are kept, all that are supposed honest. El Mhamdi et al. 2019 prove it for at most n - f - 2.
+    Holds all deltas. Raises ValueError for fewer than 2 f + 3 clients.
+    """
+    changes = gathered.deltas(updates)
+    if not changes:
+        return current, memory
+    _check(len(changes), byzantine, keep)
+    best = scores(changes, byzantine).argsort(stable=True)[: keep or len(changes) - byzantine]
+    chosen = [changes[k] for k in best.tolist()]
+    return {name: tensor + gathered.stack(chosen, name).mean(dim=0) for name, tensor in current.items()}, memory
+
+
+def scores(changes: Sequence[State], byzantine: int) -> Float[Tensor, " K"]:
+    """Each client's sum of squared distances to its nearest others; NaN, which sorts last, for one that is not finite.
+
+    From differences, not from inner products: clients are near each other, and there the latter cancel.
+    """
+    K = len(changes)
+    squares_KK = torch.zeros(K, K, dtype=torch.float64)
+    for name in changes[0]:
+        flat_KN = gathered.stack(changes, name).flatten(1).double()
+        squares_KK += torch.cdist(flat_KN, flat_KN, compute_mode="donot_use_mm_for_euclid_dist").square().cpu()
+    nearest_KK = squares_KK.fill_diagonal_(torch.inf).sort(dim=1).values
+    return nearest_KK[:, : K - byzantine - 2].sum(dim=1)
+
+
+def _check(clients: int, byzantine: int, keep: int | None) -> None:
+    if byzantine < 0 or clients < 2 * byzantine + 3:
+        raise ValueError(
+            f"Krum bears rule.byzantine={byzantine} clients among at least {2 * max(byzantine, 0) + 3}, got {clients}; "
+            "set rule.byzantine from 0 up, lower, or raise clients_per_round"
+        )
+    if keep is not None and not 1 <= keep <= clients - byzantine:
+        raise ValueError(f"rule.keep must be from 1 to {clients - byzantine}, clients less rule.byzantine, got {keep}")
