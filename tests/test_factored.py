@@ -309,7 +309,7 @@ def test_lossy_features_are_the_same_at_both_ends(llava, edge, local_llm, items,
 
 
 def test_batches_need_not_hold_features(llava, edge, local_llm, batch):
-    """With edge.keep_features=false they are made anew in every step, and travel with it."""
+    """With no place to keep them they are made anew in every step, and travel with it."""
     Model(edge, local_llm).answer_loss(batch).backward()
     wanted = gradients(edge)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:

@@ -80,7 +80,11 @@ def run_arm(
     torch.set_num_threads(cfg.threads)
     parts = edge_parts.take(backbone.model, backbone.processor)
     card = edge_parts.describe(backbone.model, parts, backbone.prompt)
-    shared = initial_state(cfg, build_edge(cfg, parts)[0], "shared") if "shared" in cfg.method.sets else {}
+    shared = (
+        initial_state(cfg, build_edge(cfg, parts, encoder=bool(cfg.edge.lora.rank))[0], "shared")
+        if "shared" in cfg.method.sets
+        else {}
+    )
     start, current, memory = folder.resume() or (0, shared, {})
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
