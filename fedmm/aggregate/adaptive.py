@@ -6,7 +6,7 @@
     v <- v - (1 - beta2) d^2 sign(v - d^2)             FedYogi       from tau^2
     w <- w + eta m / (sqrt(v) + tau)
 
-Without bias correction, as in the paper (Flower's strategies have one). A step is about eta in every coordinate that
+Without bias correction, as in the paper (Flower's FedAdam has one). A step is about eta in every coordinate that
 moves steadily, however far the clients went: also where clients agree, they are followed in direction, not in length.
 Source: Reddi et al. 2021, algorithm 2.
 """

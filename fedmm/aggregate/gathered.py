@@ -1,7 +1,7 @@
-"""What rules share that are no running means, because they compare the clients with each other.
+"""What rules share that are no running means: most compare the clients with each other, so need all of them at once.
 
 Such a rule says so in its signature, `updates: Gathered`; without it, the tests hold it to one update at a time. What
-it gathers is K times the adapters: 1,000 clients of 1.05M parameters are 4.2 GB.
+it gathers is K times the adapters, if it says no less: 1,000 clients of 1.05M parameters are 4.2 GB.
 """
 
 from __future__ import annotations

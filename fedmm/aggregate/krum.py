@@ -62,10 +62,12 @@ def scores(changes: Sequence[State], byzantine: int) -> Float[Tensor, " K"]:
 
 
 def _check(clients: int, byzantine: int, keep: int | None) -> None:
-    if byzantine < 0 or clients < 2 * byzantine + 3:
+    if byzantine < 0:
+        raise ValueError(f"rule.byzantine must be at least 0, got {byzantine}")
+    if clients < (needed := 2 * byzantine + 3):
         raise ValueError(
-            f"Krum bears rule.byzantine={byzantine} clients among at least {2 * max(byzantine, 0) + 3}, got {clients}; "
-            "set rule.byzantine from 0 up, lower, or raise clients_per_round"
+            f"Krum with rule.byzantine={byzantine} needs at least {needed} clients in a round, got {clients}; "
+            "lower rule.byzantine or raise clients_per_round"
         )
     if keep is not None and not 1 <= keep <= clients - byzantine:
         raise ValueError(f"rule.keep must be from 1 to {clients - byzantine}, clients less rule.byzantine, got {keep}")

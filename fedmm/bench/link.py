@@ -41,7 +41,7 @@ class _Steps:
 
 STEPS = {
     "toy": (_Steps(13, 20.0, 3), _Steps(52, 60.0, 3)),
-    "real": (_Steps(169, 20.0, 60), _Steps(676, 60.0, 40)),
+    "real": (_Steps(169, 20.0, 100), _Steps(676, 60.0, 60)),
 }
 
 
