@@ -1,8 +1,8 @@
 """What a round of the embedded run costs beside its training alone, arm by arm.
 
 A round is orders, sessions, steps over the link, updates, the rule and what is written, one client after another.
-Beside it stand the same clients' training and Fisher with the LLM in their process. Scoring and the making of features,
-which the first round alone has, are in neither.
+Beside it stand the same clients' training and Fisher with the LLM in their process, before the run and after it.
+Scoring and the making of features, which the first round alone has, are in neither.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def cases(size: Size) -> Iterator[Case]:
     for arm in options("arm"):
         overrides = [*ASKED, *SIZES[size], f"arm={arm}"]
         cfg = load(overrides)
-        rounds, alone = _rounds(cfg, overrides, backbone), _alone(cfg, backbone)
-        value = statistics.median(rounds)
+        before, rounds, after = _alone(cfg, backbone), _rounds(cfg, overrides, backbone), _alone(cfg, backbone)
+        value, alone = statistics.median(rounds), (before + after) / 2
         detail = {"local": alone, "ratio": value / alone, "median_of": len(rounds)}
         yield Case("rounds", f"a round of {cfg.label}", value, "s", detail=detail)
 
