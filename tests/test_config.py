@@ -162,7 +162,7 @@ def test_what_an_arm_sets_holds(arm):
     preset = ["experiment=feddat", f"compare=[{arm}]"]
     compared = [config.arms(compose(overrides), overrides)[1][1] for overrides in (asked, preset)]
     for cfg in (load([f"arm={arm}"]), *map(load, compared)):
-        for path, value in config._leaves("", own):
+        for path, value in config.leaves("", own):
             assert OmegaConf.select(cfg, path) == value, path
 
 

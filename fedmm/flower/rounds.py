@@ -86,7 +86,7 @@ def run_arm(
         return
     torch.set_num_threads(cfg.threads)
     backbone, parts, card = whole.backbone, whole.parts, whole.card
-    decoder = twin(backbone.model).model.language_model
+    decoder = twin(backbone.model).model.language_model if cfg.inner else None
     first = server_state(cfg, build_edge(cfg, parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0])
     start, current, memory = folder.resume() or (0, first, {})
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)

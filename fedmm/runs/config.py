@@ -388,7 +388,7 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _compared(arm: str, overrides: list[str]) -> list[str]:
     file: Any = OmegaConf.load(folder() / "arm" / f"{arm}.yaml")
-    sets = dict(_leaves("", file))
+    sets = dict(leaves("", file))
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *sets}
     kept = []
@@ -400,11 +400,11 @@ def _compared(arm: str, overrides: list[str]) -> list[str]:
     return [*kept, f"arm={arm}", *(quoted(key, value) for key, value in sets.items() if preset)]
 
 
-def _leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
+def leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
     """The paths of the values that a yaml sets, and the values; its defaults list is none."""
     for key, value in node.items():
         if isinstance(value, DictConfig):
-            yield from _leaves(f"{path}{key}.", value)
+            yield from leaves(f"{path}{key}.", value)
         elif key != "defaults":
             yield f"{path}{key}", value
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from fedmm.runs import summary
+from fedmm.runs.config import leaves
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
@@ -72,21 +73,21 @@ class Column:
 def rows(runs: Sequence[Path]) -> list[Row]:
     """A row an arm and data, by data, zero-shot first, then by rising own accuracy. Raises ValueError where two runs
     are of one seed, or of different settings under one name."""
-    found: dict[tuple[str, str], dict[int, Path]] = defaultdict(dict)
+    found: dict[tuple[str, str], dict[int, tuple[Path, Mapping[str, Any]]]] = defaultdict(dict)
     for folder in (folder for run in runs for folder in summary.arm_folders(run)):
-        told = _summary(folder)
+        told = json.loads((folder / "summary.json").read_text())
         seeds = found[told["data"], told["label"]]
         if told["seed"] in seeds:
             raise ValueError(
-                f"{folder} has {told['label']} with seed {told['seed']} again, after {seeds[told['seed']]}; "
+                f"{folder} has {told['label']} with seed {told['seed']} again, after {seeds[told['seed']][0]}; "
                 "give each seed once, and set label=... where arms differ in more than their method and rule"
             )
-        seeds[told["seed"]] = folder
-    for folders in found.values():
-        _same(list(folders.values()))
+        seeds[told["seed"]] = folder, told
+    for seeds in found.values():
+        _same([folder for folder, _ in seeds.values()])
     arms = [
-        Row(data, label, {seed: _summary(folder) for seed, folder in sorted(folders.items())})
-        for (data, label), folders in found.items()
+        Row(data, label, {seed: told for seed, (_, told) in sorted(seeds.items())})
+        for (data, label), seeds in found.items()
     ]
     zero = [row for data in sorted({row.data for row in arms}) if (row := _zero_shot(data, arms))]
     return sorted([*zero, *arms], key=lambda row: (row.data, row.label != ZERO_SHOT, mean(_own(row).values()) or 0.0))
@@ -127,12 +128,7 @@ def columns(against: str) -> tuple[Column, ...]:
 
 def cells(table_of: Sequence[Row], shown: Sequence[Column]) -> list[tuple[str, ...]]:
     """The table, row by row."""
-    return [
-        tuple(
-            column.cell(row, {other.label: other for other in table_of if other.data == row.data}) for column in shown
-        )
-        for row in table_of
-    ]
+    return [tuple(column.cell(row, _beside(row, table_of)) for column in shown) for row in table_of]
 
 
 def markdown(table_of: Sequence[Row], shown: Sequence[Column]) -> str:
@@ -205,27 +201,35 @@ def against(rows: Sequence[Row], asked: str | None) -> str:
 
 def by_client(table_of: Sequence[Row]) -> str:
     """By how many points each client is better served than alone, mean over seeds; empty where nobody is alone."""
-    lines: list[str] = []
+    gains: list[tuple[Row, dict[str, float]]] = []
     for row in table_of:
-        others = {other.label: other for other in table_of if other.data == row.data}
-        alone = partner(row, others, LOCAL)
-        if alone is None or row.label == ZERO_SHOT:
-            continue
-        mine, theirs = row.own(), alone.own()
-        seeds = [seed for seed in mine if seed in theirs]
-        clients = sorted({c for seed in seeds for c in mine[seed].keys() & theirs[seed].keys()}, key=int)
-        points = [
-            statistics.fmean(mine[s][c] - theirs[s][c] for s in seeds if c in mine[s] and c in theirs[s])
-            for c in clients
-        ]
-        cells = "".join(f" {100 * gain:+.1f} |" for gain in points)
-        lines += [f"| {row.data} | {row.label} |{cells}"] if points and len(points) <= MOST_CLIENTS else []
-    width = max((line.count("|") - 3 for line in lines), default=0)
-    head = "| data | arm |" + "".join(f" client {c} |" for c in range(width)) + "\n| --- | --- |" + " ---: |" * width
-    return "\n".join([head, *lines]) if lines else ""
+        alone = partner(row, _beside(row, table_of), LOCAL)
+        if alone is not None and row.label != ZERO_SHOT:
+            gains.append((row, _gains(row.own(), alone.own())))
+    gains = [(row, gained) for row, gained in gains if 0 < len(gained) <= MOST_CLIENTS]
+    clients = sorted({client for _, gained in gains for client in gained}, key=int)
+    lines = ["| data | arm |" + "".join(f" client {c} |" for c in clients), "| --- | --- |" + " ---: |" * len(clients)]
+    for row, gained in gains:
+        points = "".join(f" {100 * gained[c]:+.1f} |" if c in gained else " – |" for c in clients)
+        lines.append(f"| {row.data} | {row.label} |{points}")
+    return "\n".join(lines) if gains else ""
+
+
+def _gains(mine: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Mean over seeds of one accuracy less the other, by client."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for seed in mine.keys() & theirs.keys():
+        for client in mine[seed].keys() & theirs[seed].keys():
+            found[client].append(mine[seed][client] - theirs[seed][client])
+    return {client: statistics.fmean(values) for client, values in found.items()}
 
 
 # ---- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _beside(row: Row, table_of: Sequence[Row]) -> dict[str, Row]:
+    """The rows of the same data, by label."""
+    return {other.label: other for other in table_of if other.data == row.data}
 
 
 def _own(row: Row) -> dict[int, float]:
@@ -301,18 +305,5 @@ def _same(folders: Sequence[Path]) -> None:
 def _settings(folder: Path) -> tuple[int, dict[str, Any]]:
     """A run's seed, and its other settings by path."""
     cfg: Any = OmegaConf.load(folder / "config.yaml")
-    return cfg.seed, dict(_leaves("", cfg))
-
-
-def _leaves(path: str, node: Any) -> Iterable[tuple[str, Any]]:
-    if path.lstrip(".") in _PLACES:
-        return
-    if isinstance(node, DictConfig) and not node._is_none():
-        for key, value in node.items_ex(resolve=False):
-            yield from _leaves(f"{path}.{key!s}", value)
-    else:
-        yield path.lstrip("."), list(node) if isinstance(node, ListConfig) and not node._is_none() else node
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "summary.json").read_text()))
+    places = tuple(f"{place}." for place in _PLACES)
+    return cfg.seed, {key: value for key, value in leaves("", cfg) if not f"{key}.".startswith(places)}

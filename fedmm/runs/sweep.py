@@ -78,17 +78,12 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
     A label tells apart what only its own setting would: `FedAvg, edge.rank=8`. Raises ConfigError for `compare`.
     """
     found = config.axes(overrides)
-    if "=" in path.parent.name or (path.parent / "config.yaml").exists():
-        raise config.ConfigError(
-            f"{path.parent} is no folder for a sweep (an override, or a run's); name one of its own"
-        )
     if "compare" in found:
         raise config.ConfigError("a sweep takes arms as values, arm=fedavg,local, and no compare=...")
-    several = [key for key, values in found.items() if len(values) > 1]
+    several = _several(found)
     made = []
-    for values in itertools.product(*found.values()):
-        pairs = dict(zip(found, values, strict=True))
-        asked = [f"{key}={value}" for key, value in pairs.items()]
+    for pairs in _combinations(found):
+        asked = _overrides(pairs)
         asked += chosen([override for override in asked if not override.startswith("seed=")])
         name = _name(pairs, several) or "run"
         own = [f"{key}={pairs[key]}" for key in several if key not in _NAMED]
@@ -101,11 +96,10 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
 def trials(path: Path, overrides: Sequence[str], tuned: Search) -> dict[tuple[str, ...], list[Job]]:
     """The runs that tuning takes, by combination (seeds apart): one a value, on the validation split."""
     found = {key: values for key, values in config.axes(overrides).items() if key != "seed"}
-    several = [key for key, values in found.items() if len(values) > 1]
+    several = _several(found)
     made = {}
-    for values in itertools.product(*found.values()):
-        pairs = dict(zip(found, values, strict=True))
-        cell = [f"{key}={value}" for key, value in pairs.items()]
+    for pairs in _combinations(found):
+        cell = _overrides(pairs)
         made[tuple(cell)] = [
             _job(path, _name(pairs | {tuned.key: value}, [*several, tuned.key]),
                  [*_without(cell, _TUNING), *_TUNING, f"seed={tuned.seed}", f"{tuned.key}={value}"])
@@ -134,21 +128,21 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     Raises ConfigError with the mistakes of all runs before any starts, also where a folder holds another run, and
     FedmmError at the end where runs failed; the others are then done.
     """
+    if "=" in path.name or (path / "config.yaml").exists():
+        raise config.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
     tune_jobs = [job for tried in cells.values() for job in tried]
-    planned = jobs(path / "runs", overrides)
-    _check(tune_jobs, check)
-    _check([replace(job, overrides=job.overrides[:-1]) for job in planned], check)
-    _told_apart(planned)
+    final = jobs(path / "runs", overrides)
+    unplaced = [replace(job, overrides=job.overrides[:-1]) for job in final]  # their folders hold what tuning chose
+    _check([*tune_jobs, *unplaced] if tuned else final, check)
+    _told_apart(final)
     with alone(path):
         _run_all(tune_jobs, at_once, say)
         chosen = {cell: best(tuned, tried) for cell, tried in cells.items()} if tuned else {}
-
-        def rate(cell: Sequence[str]) -> list[str]:
-            return [f"{tuned.key}={chosen[tuple(cell)]['chosen']}"] if tuned else []
-
-        final = jobs(path / "runs", overrides, rate)
-        _check(final, check)
+        if tuned:
+            key = tuned.key
+            final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
+            _check(final, check)
         rows = [{"combination": list(cell), **about} for cell, about in chosen.items()]
         home.write(path / "tuned.json", json.dumps(rows, indent=1).encode())
         _run_all(final, at_once, say)
@@ -222,6 +216,19 @@ def _told_apart(planned: Sequence[Job]) -> None:
                 "or a sweep for each with its label=..."
             )
         seen[row] = job.name
+
+
+def _several(found: Mapping[str, Sequence[str]]) -> list[str]:
+    return [key for key, values in found.items() if len(values) > 1]
+
+
+def _combinations(found: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """A value for each key, in every combination, the last key's changing first."""
+    return (dict(zip(found, values, strict=True)) for values in itertools.product(*found.values()))
+
+
+def _overrides(pairs: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in pairs.items()]
 
 
 def _job(path: Path, name: str, overrides: Sequence[str]) -> Job:
