@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedmm.edge.nano_edge import NanoEdge
+from fedmm.edge.sets import Edge
 from fedmm.losses import Mutual, branch_losses
 from fedmm.types import IGNORE, Batch, Embeds, Squares, TokenTerm
 
@@ -55,7 +55,7 @@ class Model:
     `stop_tokens`.
     """
 
-    edge: NanoEdge
+    edge: Edge
     llm: LLM
     loss_at: str = "auto"
     private: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Model:
         self, batch: Batch, uses: Sequence[Sequence[str]], mutual: Mutual | None = None
     ) -> tuple[Float[Tensor, ""], ...]:
         """A loss for each of several branches, each with its own sets of adapters, by `fedmm.losses.branch_losses`."""
-        if self.loss_at == "client" or self.edge.decoder is not None:  # adapters inside the LLM: a branch at a time
+        if self.loss_at == "client" or not self.edge.terms_only:  # adapters inside the LLM: a branch at a time
             logits = [self(batch, use) for use in uses]
             return branch_losses(logits, batch.labels_BA.to(logits[0].device), mutual)
         return self.llm.losses(self.edge.branches(batch, uses), batch.mask_BT, batch.keep_BA, batch.labels_BA, mutual)

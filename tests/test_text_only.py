@@ -123,11 +123,11 @@ def test_a_client_without_images_abstains_from_their_adapter(backbone, tmp_path,
     """Client 1 has questions alone: it sends no image tensor, and the others' mean is not diluted by it."""
     ask, deltas, sure = client_side._items, {}, {}
 
-    def blind(cfg, processor, prompt, encoder, split, part):
+    def blind(cfg, built, split, part):
         if part != 1 or split != "train":
-            return ask(cfg, processor, prompt, encoder, split, part)
+            return ask(cfg, built, split, part)
         some = [build.splits(cfg)[split][i] for i in build.partition(cfg, split)[part]]
-        return prepare([replace(e, images=()) for e in some], processor, prompt, encoder)
+        return built.ready([replace(e, images=()) for e in some])
 
     send = client_side._send
 

@@ -146,6 +146,11 @@ def _groups(partition: str, examples: Sequence[Example], by: str) -> dict[str, l
     return {value: groups[value] for value in sorted(groups, key=_rank)}
 
 
+def answers_of(examples: Sequence[Example]) -> list[str]:
+    """The answers there are, numbers as numbers, before words."""
+    return sorted({example.answer for example in examples}, key=_rank)
+
+
 def _rank(value: str) -> tuple[bool, int, str]:
     return not value.isdigit(), int(value) if value.isdigit() else 0, value
 

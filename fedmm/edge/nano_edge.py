@@ -11,19 +11,19 @@ NanoAdapters are then the server's cut to their first rows and columns, and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedmm.edge import base, inner
 from fedmm.edge.adapters import NanoAdapter
 from fedmm.edge.encoder import Encoder
 from fedmm.edge.folding import base_of, embed_of
-from fedmm.edge.schema import fits
+from fedmm.edge.sets import Edge
 from fedmm.types import Batch, Embeds, LowRank, Part, Source, State, TokenTerm
 
 
@@ -36,7 +36,7 @@ class Lora:
     targets: Sequence[str] = ("q_proj", "v_proj", "linear_1", "linear_2")
 
 
-class NanoEdge(nn.Module):
+class NanoEdge(Edge):
     """Encoder, connector, token table, and named sets of adapters; only adapters have gradients.
 
     Without an encoder it takes features only; with rank 0 it has no NanoAdapters. `decoder` are the LLM's layers where
@@ -77,10 +77,6 @@ class NanoEdge(nn.Module):
         """Put what `rule=stack` folded under the adapters; once, for it is not taken out again."""
         self.connector, self.table_VD = base_of(self.connector, self.table_VD, state, scale)
 
-    def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
-        """The embeddings of a batch with the named sets acting together, each with weight 1 / len(use)."""
-        return self.branches(batch, [use])[0], batch.mask_BT
-
     def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
         """Embeddings of one batch with one choice of sets after another; they share their base where it is frozen."""
         bases = [self._base(batch, use) for use in uses] if self.lora else [self._base(batch, uses[0])] * len(uses)
@@ -116,30 +112,17 @@ class NanoEdge(nn.Module):
         """The text adapters in use, as `generate` takes them along."""
         return [self._adapter(name, "text").token_term(1 / len(use)) for name in use if self._kinds]
 
+    @property
+    def sets(self) -> Sequence[str]:
+        return tuple(self.adapters)
+
+    @property
+    def terms_only(self) -> bool:
+        return self.decoder is None
+
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one set, under names that are the same in every set: `text.up`, `encoder....lora_A`."""
         return dict(self.adapters[name].named_parameters()) | self.inner.trainable(name)
-
-    def named(self) -> dict[str, nn.Parameter]:
-        """The parameters of all sets, each under its name with its set in front."""
-        return {f"{name}.{key}": parameter for name in self.adapters for key, parameter in self.trainable(name).items()}
-
-    def state(self, name: str = "shared") -> State:
-        """A copy of one set."""
-        return {key: parameter.detach().to("cpu", copy=True) for key, parameter in self.trainable(name).items()}
-
-    def load(self, state: State, name: str = "shared") -> None:
-        """Write `state` into one set. Raises ValueError where names or shapes differ."""
-        own = self.trainable(name)
-        if own.keys() != state.keys():
-            raise ValueError(
-                f"adapters differ: {sorted(own.keys() ^ state.keys())[:3]}; use the same edge.* everywhere"
-            )
-        with torch.no_grad():
-            for key, parameter in own.items():
-                if parameter.shape != state[key].shape:
-                    raise ValueError(f"{key}: {tuple(state[key].shape)} into {tuple(parameter.shape)}; same edge.rank?")
-                parameter.copy_(state[key])
 
     def reset(self, generator: torch.Generator, name: str = "shared") -> None:
         """Start one set: every A drawn from `generator` in the order of names, every B zero."""
@@ -152,11 +135,6 @@ class NanoEdge(nn.Module):
                     parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
                 else:
                     parameter.zero_()
-
-    def freeze_all_but(self, patterns: Iterable[str]) -> None:
-        """Let exactly what a schema's patterns name be trained: `shared.*.up`, `local.*`."""
-        for name, parameter in self.named().items():
-            parameter.requires_grad_(fits(name, patterns))
 
     def _adapter(self, name: str, kind: str) -> NanoAdapter:
         adapter = cast(nn.ModuleDict, self.adapters[name])[kind]

@@ -26,11 +26,10 @@ from fedmm.edge import parts as edge_parts
 from fedmm.flower import messages
 from fedmm.llm.features import Features
 from fedmm.llm.host import Host, Traffic
-from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.tls import Authority
 from fedmm.runs import summary
-from fedmm.runs.build import Whole, build_edge, server_state, state_for, update_of
+from fedmm.runs.build import Whole, for_arm, server_edge, server_state, state_for, update_of
 from fedmm.runs.client import Order, Report
 from fedmm.runs.config import encrypted, make, scale
 from fedmm.runs.folder import RunFolder
@@ -85,9 +84,9 @@ def run_arm(
     if folder.finished:
         return
     torch.set_num_threads(cfg.threads)
+    whole = for_arm(cfg, whole)
     backbone, parts, card = whole.backbone, whole.parts, whole.card
-    decoder = twin(backbone.model).model.language_model if cfg.inner else None
-    first = server_state(cfg, build_edge(cfg, parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0])
+    first = server_state(cfg, server_edge(cfg, whole))
     start, current, memory = folder.resume() or (0, first, {})
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 

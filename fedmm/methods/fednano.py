@@ -45,12 +45,12 @@ def diagonal_fisher(
 
     The LLM gives, in one pass a batch, each term's gradient by h and the sum over samples of the squared one by B.
     A's is formed here, where h is: `dL_i/dA = (dL_i/dh)^T x`, sample by sample. Costs one more pass over the data.
-    With adapters inside the LLM that pass takes one sample at a time.
+    With adapters inside the LLM, or no LLM, that pass takes one sample at a time.
     """
     parameters = model.edge.trainable("shared")
     total: State = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in parameters.items()}
     items = items[:samples]
-    if model.edge.decoder is not None:
+    if not model.edge.terms_only:
         _add_singly(total, model, items)
         return tree.scale(total, 1 / len(items))
     for start in range(0, len(items), batch_size):

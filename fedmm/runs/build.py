@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from fedmm import seeds
 from fedmm.codecs import Codecs
+from fedmm.data.partition import answers_of
 from fedmm.edge import parts as edge_parts
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.edge.base import Table
+from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
 from fedmm.edge.nano_edge import Lora, NanoEdge
-from fedmm.edge.prepare import Processor
+from fedmm.edge.prepare import Prepared, Processor
+from fedmm.edge.sets import Edge
 from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
@@ -43,6 +46,13 @@ class Whole:
 def whole(cfg: Config) -> Whole:
     """The backbone of `cfg`, loaded once in a process: a server and clients that share one share its memory too."""
     return _whole(OmegaConf.to_yaml({key: value for key, value in cfg.llm.items() if key != "where"}))
+
+
+def for_arm(cfg: Config, held: Whole) -> Whole:
+    """What an arm makes of the backbone that all arms share: its card names the classes of a classifier."""
+    if cfg.head == "classes":
+        return replace(held, card=held.card | {"classes": class_names(cfg)})
+    return held
 
 
 def at_client(cfg: Config) -> bool:
@@ -69,14 +79,14 @@ def partition(cfg: Config, split: str) -> list[list[int]]:
     return make(cfg.partition)(splits(cfg)[split], cfg.clients, generator)
 
 
-def initial_state(cfg: Config, edge: NanoEdge, name: str) -> State:
-    """Where a set of adapters starts: the same A at every client and at the server, B zero."""
+def initial_state(cfg: Config, edge: Edge, name: str) -> State:
+    """Where a set starts, the same at every client and at the server: of adapters a random A, and B zero."""
     edge.reset(seeds.generator(cfg.seed, "adapters"), name)
     return edge.state(name)
 
 
-def server_state(cfg: Config, edge: NanoEdge) -> State:
-    """What the server starts from: of the shared adapters, those that some round sends."""
+def server_state(cfg: Config, edge: Edge) -> State:
+    """What the server starts from: of the shared set, what some round sends."""
     if "shared" not in cfg.method.sets:
         return {}
     state = initial_state(cfg, edge, "shared")
@@ -133,6 +143,37 @@ def local_model(
     edge, processor = build_edge(cfg, held.parts, client=client, encoder=encoder, decoder=llava.model.language_model)
     llm = LocalLLM(llava, checkpointing=held.backbone.checkpointing, inner=edge.inner)
     return Model(edge, llm, cfg.link.loss), processor
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model, and how examples are made ready for it and its answers read; `encoder` is what makes their features."""
+
+    model: Model
+    ready: Callable[[Sequence[Example]], list[Prepared]]
+    tokenizer: Any
+    encoder: CachedEncoder | None = None
+
+
+def classifier(cfg: Config, names: Sequence[str]) -> Built:
+    """What `head=classes` asks for: the compact network, whole, with a head over these names."""
+    plan = make(cfg.compact)
+    edge = Classifier(plan, len(names), sets=tuple(cfg.method.sets), retrained=cfg.method.retrained)
+    classes = Classes(tuple(names), plan.side)
+    return Built(Model(edge, NoLLM()), classes.prepare, classes)
+
+
+def class_names(cfg: Config) -> list[str]:
+    """The classes a classifier tells apart, in one order for everybody: numbers as numbers, before words."""
+    return list(cfg.classes) if cfg.classes is not None else answers_of(splits(cfg)["train"])
+
+
+def server_edge(cfg: Config, held: Whole) -> Edge:
+    """What holds the server's own copy of what clients train, without what it is not needed for."""
+    if cfg.head == "classes":
+        return classifier(cfg, held.card["classes"]).model.edge
+    decoder = twin(held.backbone.model).model.language_model if cfg.inner else None
+    return build_edge(cfg, held.parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0]
 
 
 def cached_encoder(cfg: Config, parts: Mapping[str, Tensor], digest: str) -> CachedEncoder | None:

@@ -19,8 +19,8 @@ from fedmm.codecs import Codecs
 from fedmm.edge import schema as schemas
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
-from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Prepared, Processor, prepare
+from fedmm.edge.sets import Edge
 from fedmm.evaluate.answers import Answer, answers
 from fedmm.llm import tls
 from fedmm.llm.local import LocalLLM
@@ -28,9 +28,11 @@ from fedmm.llm.remote import RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.runs import home
 from fedmm.runs.build import (
+    Built,
     at_client,
     build_edge,
     cached_encoder,
+    classifier,
     held_parts,
     initial_state,
     local_model,
@@ -107,14 +109,12 @@ def take_part(order: Order) -> Report:
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
     ) as session:
         card = dict(session.call("card").meta)
-        model, processor, encoder = (
-            _whole_model(cfg, card, order.client) if at_client(cfg) else _split_model(cfg, card, order.client, session)
-        )
-        edge = model.edge
+        built = _built(cfg, card, order.client, session)
+        model, edge, encoder = built.model, built.model.edge, built.encoder
         arrived = dict(session.call("state").tensors)
         _load_sets(cfg, edge, order, arrived)
         own = held_parts(cfg, order.client)
-        read = functools.partial(_items, cfg, processor, card["prompt"], encoder)
+        read = functools.partial(_items, cfg, built)
         tests = {part: read(cfg.evaluate.split, part) for part in scored_parts(cfg, order)} if order.score else {}
         items = [item for part in own for item in read("train", part)] if order.train else []
         ready = time.perf_counter()
@@ -125,7 +125,7 @@ def take_part(order: Order) -> Report:
         scores: dict[int, tuple[int, int]] = {}
         said: list[tuple[int, Answer]] = []
         for part, questions in tests.items():
-            given = _answers(cfg, model, questions, processor)
+            given = _answers(cfg, built, questions)
             scores[part] = (sum(answer.right for answer in given), len(given))
             if order.answers and part in own:
                 said += [(part, answer) for answer in given]
@@ -139,7 +139,7 @@ def take_part(order: Order) -> Report:
             "score_seconds": scored - encoded,
             "link_seconds": session.wait_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
-            "edge_parameters": float(card["model_parameters" if at_client(cfg) else "edge_parameters"]),
+            "edge_parameters": float(_frozen_parameters(cfg, card)),
             "trained_parameters": float(sum(p.numel() for p in edge.parameters() if p.requires_grad)),
         }
         if isinstance(model.llm, LocalLLM):
@@ -147,7 +147,23 @@ def take_part(order: Order) -> Report:
     return Report(order.client, order.round, scores, said, metrics)
 
 
-def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Session) -> _Built:
+def _built(cfg: Config, card: dict[str, Any], client: int, session: Session) -> Built:
+    """The model this client runs, as far as it does."""
+    if cfg.head == "classes":
+        return classifier(cfg, card["classes"])
+    if at_client(cfg):
+        return _whole_model(cfg, card, client)
+    return _split_model(cfg, card, client, session)
+
+
+def _frozen_parameters(cfg: Config, card: dict[str, Any]) -> int:
+    """What a client holds and does not train."""
+    if cfg.head == "classes":
+        return 0
+    return int(card["model_parameters" if at_client(cfg) else "edge_parameters"])
+
+
+def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Session) -> Built:
     """The model with its LLM across the link, and its frozen parts from there."""
     parts = _parts(session, card["edge"])
     encoder = cached_encoder(cfg, parts, card["edge"])
@@ -156,20 +172,27 @@ def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Sessio
     codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
     private = sorted({name.split(".")[0] for name in kept(cfg)}) if cfg.link.local == "dense" else []
     llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, private=private, codecs=codecs)
-    return Model(edge, llm, cfg.link.loss, private, card["stop_tokens"]), processor, encoder
+    model = Model(edge, llm, cfg.link.loss, private, card["stop_tokens"])
+    return _of_llm(model, processor, card, encoder)
 
 
-def _whole_model(cfg: Config, card: dict[str, Any], client: int) -> _Built:
+def _whole_model(cfg: Config, card: dict[str, Any], client: int) -> Built:
     """The model with its LLM in this process. Raises ValueError where it is not the server's."""
     own = whole(cfg)
     if own.card != card:
         odd = sorted(key for key in own.card | card if own.card.get(key) != card.get(key))
         raise ValueError(f"this client's backbone is not the server's: {odd} differ; use the same llm.* files at both")
     encoder = cached_encoder(cfg, own.parts, card["edge"])
-    return *local_model(cfg, own, client=client, encoder=encoder is None), encoder
+    model, processor = local_model(cfg, own, client=client, encoder=encoder is None)
+    return _of_llm(model, processor, card, encoder)
 
 
-def _load_sets(cfg: Config, edge: NanoEdge, order: Order, arrived: State) -> None:
+def _of_llm(model: Model, processor: Processor, card: dict[str, Any], encoder: CachedEncoder | None) -> Built:
+    ready = functools.partial(prepare, processor=processor, prompt=card["prompt"], encoder=encoder)
+    return Built(model, ready, processor.tokenizer, encoder)
+
+
+def _load_sets(cfg: Config, edge: Edge, order: Order, arrived: State) -> None:
     """Fill every set: the common start, over it what arrived, over that what this client kept.
 
     So a local set starts as the shared one. The frozen one is the shared one, what it kept included.
@@ -183,7 +206,7 @@ def _load_sets(cfg: Config, edge: NanoEdge, order: Order, arrived: State) -> Non
     edge.freeze_all_but(make(cfg.schema)(order.round, cfg.rounds).trains)
 
 
-def _kept(cfg: Config, edge: NanoEdge, order: Order) -> State:
+def _kept(cfg: Config, edge: Edge, order: Order) -> State:
     """What this client kept when it last took part, which may be nothing."""
     if not schemas.kept(make(cfg.schema), cfg.rounds, edge.named(), order.kept_round):
         return {}
@@ -251,11 +274,9 @@ def _parts(session: Session, digest: str) -> home.Mapped:
     return parts
 
 
-def _items(
-    cfg: Config, processor: Processor, prompt: str, encoder: CachedEncoder | None, split: str, part: int
-) -> list[Prepared]:
+def _items(cfg: Config, built: Built, split: str, part: int) -> list[Prepared]:
     """One part of a split, made ready for the edge."""
-    return prepare(_Some(splits(cfg)[split], partition(cfg, split)[part]), processor, prompt, encoder)
+    return built.ready(_Some(splits(cfg)[split], partition(cfg, split)[part]))
 
 
 @dataclass(frozen=True)
@@ -272,17 +293,16 @@ class _Some(Sequence[Example]):
         return self.split[self.indices[i]]
 
 
-def _answers(cfg: Config, model: Model, items: list[Prepared], processor: Processor) -> list[Answer]:
+def _answers(cfg: Config, built: Built, items: list[Prepared]) -> list[Answer]:
     evaluate = cfg.evaluate
     return answers(
-        model,
+        built.model,
         items,
-        processor.tokenizer,
+        built.tokenizer,
         use=tuple(cfg.method.use),
         batch_size=evaluate.batch_size,
         max_tokens=evaluate.max_tokens,
     )
 
 
-_Built = tuple[Model, Processor, CachedEncoder | None]
 _RSS_UNIT_BYTES = 1.0 if sys.platform == "darwin" else 1024.0

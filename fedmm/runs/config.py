@@ -150,6 +150,7 @@ def check(cfg: Config) -> Iterator[str]:
             yield f"{path} must be {' or '.join(choices)}, got {chosen}"
     if cfg.clip_norm is not None and cfg.clip_norm <= 0:
         yield f"clip_norm must be above 0, or null for none, got {cfg.clip_norm:g}"
+    yield from _check_head(cfg)
     if cfg.inner and cfg.llm.get("where", "server") == "server":
         yield "inner trains inside the LLM, which llm.where=server keeps there; set llm.where=client, or inner=none"
     if cfg.inner and isinstance(rank := cfg.inner.get("rank"), int) and rank < 1:
@@ -187,6 +188,29 @@ def check(cfg: Config) -> Iterator[str]:
             yield mistake
     if whole:
         yield from _rehearse(cfg)
+
+
+def _check_head(cfg: Config) -> Iterator[str]:
+    """What goes with head=classes, where clients run no LLM, and what does not."""
+    at_client = cfg.llm.get("where", "server") == "client"
+    if cfg.compact and at_client:
+        yield "compact stands in the place of the LLM's own encoder, llm.where=client runs that one; set compact=none"
+    if cfg.compact and cfg.edge.lora.rank:
+        yield f"edge.lora.rank={cfg.edge.lora.rank} trains in the LLM's own encoder; set it to 0, or compact=none"
+    if cfg.head == "llm":
+        if cfg.method.retrained:
+            yield "method.retrained is a classifier's second head; set head=classes, or choose another method"
+        return
+    if not cfg.compact:
+        yield "head=classes needs a network under it; set compact=resnet8"
+    if cfg.inner or at_client:
+        yield "head=classes has no LLM at the client; set inner=none and llm.where=server"
+    if cfg.edge.ranks:
+        yield "edge.ranks are those of NanoAdapters, and head=classes has none; set edge.ranks=null"
+    if cfg.classes is not None and len(set(cfg.classes)) != len(cfg.classes):
+        yield f"classes must be different, got {list(cfg.classes)}"
+    if cfg.classes is None and not cfg.run.has_data:
+        yield "head=classes takes the names from the data, which run.has_data=false hides; set classes=[...]"
 
 
 def _own_schema(cfg: Config) -> str | None:
@@ -267,6 +291,10 @@ def kept(cfg: Any) -> list[str]:
 def _one_set(cfg: Any) -> State:
     """Zeros with the names and ranks of a set of adapters, one wide; one inside edge or LLM stands for all there."""
     R, r, inner = max(cfg.edge.rank, 0), max(cfg.edge.lora.rank, 0), (cfg.get("inner") or {}).get("rank", 0)
+    if cfg.get("head") == "classes":
+        beside = {"retrained.weight": (1, 1), "retrained.bias": (1,), "gradients": (1, 1, 2)}
+        network = {"trunk.weight": (1, 1, 1, 1), "head.weight": (1, 1), "head.bias": (1,)}
+        return {n: torch.zeros(s) for n, s in (network | (beside if cfg.method.retrained else {})).items()}
     factors = {f"{kind}.down": (R, 1) for kind in KINDS} | {f"{kind}.up": (1, R) for kind in KINDS} if R else {}
     factors |= {"encoder.lora_A": (r, 1), "encoder.lora_B": (1, r)} if r else {}
     a, b = ("bottleneck_down", "bottleneck_up") if "alpha" not in (cfg.get("inner") or {}) else ("lora_A", "lora_B")

@@ -15,6 +15,8 @@ class MethodConfig:
     use: list[str] = field(default_factory=lambda: ["shared"])
     step: Any = None
     fisher: Any = None
+    begin: Any = None  # before the first step: what the method wants to know of all of the client's examples
+    retrained: bool = False  # head=classes: a second head, which the server trains and which answers
 
 
 @dataclass
@@ -113,6 +115,9 @@ class Config:
     fault: Any = None
     faulty: list[int] = field(default_factory=lambda: [0])  # the clients who send garbage, where `fault` says which
     inner: Any = None
+    head: str = "llm"  # classes: no LLM answers, clients train `compact` whole, with a linear head over class names
+    classes: list[str] | None = None  # their names; null: those of the training data, where the server has it
+    compact: Any = None
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -122,6 +127,7 @@ class Config:
 SETS = {"shared", "local", "frozen"}
 ONE_OF = {
     "schedule": ("constant", "cosine"),
+    "head": ("llm", "classes"),
     "evaluate.split": ("validation", "test"),
     "link.loss": ("auto", "client"),
     "link.tls": ("auto", "always", "never"),

@@ -1,0 +1,163 @@
+"""A compact network with a linear head over class names: what clients train where no LLM answers for them.
+
+    logits = head(mean over the map of trunk(image))          averaged over the sets that act
+
+To methods, rules and evaluation it is a model like any other: its answer is one position, its vocabulary the names. It
+is trained whole.
+Source: MLLM-FL 2024, whose clients train ResNets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from fedmm.edge import compact
+from fedmm.edge.prepare import Prepared, content_of
+from fedmm.edge.sets import Edge
+from fedmm.losses import Mutual, branch_losses
+from fedmm.types import Batch, Embeds, Example, Squares, State, TokenTerm
+
+
+class Net(nn.Module):
+    """Trunk and head; where the server trains a head of its own on what clients tell of theirs, that one too.
+
+    Then `retrained` answers, and `gradients` carry each class's gradient by it, weight and bias side by side (CReFF).
+    """
+
+    def __init__(self, plan: compact.Plan, classes: int, retrained: bool) -> None:
+        super().__init__()
+        self.trunk, self.head = compact.trunk(plan), nn.Linear(plan.out_width, classes)
+        self.retrained = nn.Linear(plan.out_width, classes) if retrained else None
+        self.gradients = nn.Parameter(torch.zeros(classes, classes, plan.out_width + 1)) if retrained else None
+
+    def forward(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M W"]:
+        """What a head reads."""
+        return self.trunk(pixels_MCHW).mean((2, 3))
+
+
+class Classifier(Edge):
+    """Sets of whole networks. What enters the LLM, which is none, are the logits: one position a sample."""
+
+    def __init__(
+        self, plan: compact.Plan, classes: int, *, sets: Sequence[str] = ("shared",), retrained: bool = False
+    ) -> None:
+        super().__init__()
+        self.nets = nn.ModuleDict({name: Net(plan, classes, retrained) for name in sets})
+
+    @property
+    def sets(self) -> Sequence[str]:
+        return tuple(self.nets)
+
+    @property
+    def terms_only(self) -> bool:
+        return False
+
+    def net(self, name: str = "shared") -> Net:
+        return cast(Net, self.nets[name])
+
+    def trainable(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self.nets[name].named_parameters())
+
+    def reset(self, generator: torch.Generator, name: str = "shared") -> None:
+        """Start one set by `compact.reset`; a retrained head starts as the head."""
+        net = self.net(name)
+        compact.reset(net, generator)
+        if net.retrained is not None:
+            net.retrained.load_state_dict(net.head.state_dict())
+
+    def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
+        return [Embeds.whole(self._logits(batch, use)[:, None]) for use in uses]
+
+    def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
+        return []
+
+    def fold(self, state: State, scale: float) -> None:
+        if any(name.endswith(".folded") for name in state):
+            raise ValueError("rule=stack folds NanoAdapters, a classifier has none; choose another rule")
+
+    def _logits(self, batch: Batch, use: Sequence[str]) -> Float[Tensor, "B C"]:
+        assert batch.pixels is not None, "a classifier takes pixels"
+        nets = [self.net(name) for name in use]
+        logits = [(net.retrained or net.head)(net(batch.pixels)) for net in nets]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
+
+
+class NoLLM:
+    """What stands in the LLM's place behind a classifier: the embeddings are the logits already."""
+
+    def __call__(
+        self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], keep_BA: Int[Tensor, "B A"]
+    ) -> Float[Tensor, "B A V"]:
+        return embeds.dense()
+
+    def losses(
+        self,
+        branches: Sequence[Embeds],
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+        mutual: Mutual | None = None,
+    ) -> tuple[Float[Tensor, ""], ...]:
+        return branch_losses([embeds.dense() for embeds in branches], labels_BA, mutual)
+
+    def squares(
+        self,
+        embeds: Embeds,
+        mask_BT: Bool[Tensor, "B T"],
+        keep_BA: Int[Tensor, "B A"],
+        labels_BA: Int[Tensor, "B A"],
+    ) -> Squares:
+        raise AssertionError("a classifier has no low-rank terms; its squares are taken a sample at a time")
+
+    def generate(
+        self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], terms: Sequence[TokenTerm], max_tokens: int
+    ) -> Int[Tensor, "B N"]:
+        return embeds.dense().argmax(-1)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The class names as a tokenizer of one token an answer, and how images become pixels."""
+
+    names: Sequence[str]
+    side: int
+
+    def batch_decode(self, tokens_BN: Int[Tensor, "B N"], *, skip_special_tokens: bool = True) -> list[str]:
+        """The name each row says."""
+        return [self.names[row[0]] for row in tokens_BN.tolist()]
+
+    def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
+        """Examples as a classifier reads them. Raises ValueError where one has no single image, or another class."""
+        place = {name: i for i, name in enumerate(self.names)}
+        items = []
+        for i, example in enumerate(examples):
+            if len(example.images) != 1:
+                raise ValueError(f"{example.id} has {len(example.images)} images, head=classes takes one; set head=llm")
+            if example.answer not in place:
+                raise ValueError(
+                    f"{example.id} is of class {example.answer!r}, which is none of the {len(place)} at the server; "
+                    "set classes=[...] to all of them, in one order for everybody"
+                )
+            items.append(
+                Prepared(
+                    id=example.id,
+                    prompt=torch.zeros(1, dtype=torch.int32),
+                    image=torch.ones(1, dtype=torch.bool),
+                    answer=torch.tensor([place[example.answer]], dtype=torch.int32),
+                    truth=example.answer,
+                    content=content_of(example.images),
+                    pixels=functools.partial(_pixels, examples, i, self.side),
+                )
+            )
+        return items
+
+
+def _pixels(examples: Sequence[Example], i: int, side: int) -> Tensor:
+    return compact.pixels(examples[i].images, side)
