@@ -114,8 +114,8 @@ class Compact(nn.Module):
         super().__init__()
         self.trunk, self.project = trunk(plan), nn.Linear(plan.out_width, width)
         self._grid = grid
-        stages = 4 * max(plan.widths) * sum(plan.depths)  # hidden maps that are there together, at a stage's size
-        self.config = SimpleNamespace(image_size=plan.side, patch_size=4, hidden_size=stages, num_hidden_layers=1)
+        widest = sum(depth * width for depth, width in zip(plan.depths, plan.widths, strict=True))
+        self.config = SimpleNamespace(image_size=plan.side, patch_size=4, hidden_size=widest, num_hidden_layers=4)
 
     def forward(self, pixels_MCHW: Float[Tensor, "M C H W"], **_: Any) -> SimpleNamespace:
         """The features as a tower's only layer."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ import torch
 from torch import nn
 
 from fedmm import tree
-from fedmm.edge.base import Connector, Table
+from fedmm.edge.base import Connector, Table, feature_width
+from fedmm.edge.compact import Compact, Plan, pixels
 from fedmm.edge.encoder import Encoder
 from fedmm.edge.nano_edge import Lora, NanoEdge
 from fedmm.edge.prepare import Processor
@@ -27,6 +30,7 @@ from fedmm.types import State
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PretrainedConfig, ProcessorMixin
 
+_COMPACT = "file/compact.json"  # the plan of a compact encoder, where there is one
 _FILES = (".json", ".jinja", ".model", ".txt")  # what a processor may consist of
 
 
@@ -46,6 +50,25 @@ def take_files(config: PretrainedConfig, processor: ProcessorMixin) -> State:
         processor.save_pretrained(folder)
         paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in _FILES]
         return {f"file/{p.name}": torch.from_numpy(np.frombuffer(p.read_bytes(), np.uint8).copy()) for p in paths}
+
+
+def with_compact(parts: State, plan: Plan, state: State) -> State:
+    """The frozen parts with a compact encoder, its state given, in the place of the large one."""
+    kept = {name: tensor for name, tensor in parts.items() if not name.startswith("encoder/")}
+    about = torch.from_numpy(np.frombuffer(json.dumps(asdict(plan)).encode(), np.uint8).copy())
+    return kept | {f"encoder/{name}": tensor for name, tensor in state.items()} | {_COMPACT: about}
+
+
+def empty_compact(parts: Mapping[str, torch.Tensor], plan: Plan) -> Compact:
+    """A compact encoder that stands for the large one of these parts, its values not yet set.
+
+    Raises ValueError where the large one's features are no square grid.
+    """
+    places = _processor(parts).places
+    grid = math.isqrt(places)
+    if grid**2 != places:
+        raise ValueError(f"compact={plan.layer} needs a square grid of features, the LLM has {places} places an image")
+    return Compact(plan, grid, feature_width(build_base(parts)[0]))
 
 
 def describe(model: LlavaForConditionalGeneration, parts: State, prompt: str) -> dict[str, Any]:
@@ -101,6 +124,10 @@ def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
     """The encoder, in fp32, from what `take` gave."""
     from transformers import AutoModel
 
+    if _COMPACT in parts:
+        compact = empty_compact(parts, _plan(parts))
+        _load(compact, "encoder", parts)
+        return Encoder(compact, layer=0, drop_first=False)
     config = _config(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
     tower = AutoModel.from_config(config.vision_config, dtype=torch.float32)
@@ -139,9 +166,16 @@ def _processor(parts: Mapping[str, torch.Tensor]) -> Processor:
 
 
 def _images(parts: Mapping[str, torch.Tensor]) -> Any:
+    if _COMPACT in parts:
+        side = _plan(parts).side
+        return lambda images, return_tensors: {"pixel_values": pixels(images, side)}
     from transformers import AutoImageProcessor
 
     return _from_files(AutoImageProcessor, parts)
+
+
+def _plan(parts: Mapping[str, torch.Tensor]) -> Plan:
+    return Plan(**json.loads(parts[_COMPACT].numpy().tobytes()))
 
 
 def _config(parts: Mapping[str, torch.Tensor]) -> Any:

@@ -1,0 +1,112 @@
+"""MLLM-FL's third stage: after an aggregation the server tunes the state on open data, supervised by the MLLM.
+
+    loss = CE(y, p) + beta T^2 KL(q^(1/T) || p^(1/T))
+
+on a small class-balanced set. p is the federated model's answer, q the MLLM's: its own answer distribution for the same
+image and question, or, under a classifier, its scores of the class names. beta = 0 is plain fine-tuning on the set, the
+control. What is best on held-out open data is returned, so where nothing helps the aggregate itself is.
+Source: MLLM-FL 2024 (arXiv 2409.06067), global alignment; steps, rate and the early stop are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedmm import seeds
+from fedmm.edge.prepare import Prepared, collate
+from fedmm.losses import answer_cross_entropy, divergence
+from fedmm.model import Model
+from fedmm.types import Batch, State
+
+Teacher = Callable[[Sequence[int], Batch], Float[Tensor, "B A V"]]
+"""The MLLM's logits for the items of these indices, of which the batch is made."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The state, and how it came about: loss and accuracy of answer tokens on the held-out set, before and after."""
+
+    state: State
+    steps: int  # taken; the state is that of `kept`
+    kept: int  # 0: the aggregate
+    loss_before: float
+    loss_after: float
+    accuracy_before: float
+    accuracy_after: float
+    reason: str = ""  # why it stopped early
+
+
+def align(
+    model: Model,
+    state: State,
+    items: Sequence[Prepared],
+    teacher: Teacher,
+    held_out: Sequence[Prepared],
+    *,
+    seed: int,
+    round: int,
+    trains: Sequence[str] = ("shared.*",),
+    steps: int = 60,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    beta: float = 1.0,
+    temperature: float = 2.0,
+    check_every: int = 10,
+    patience: int = 2,
+) -> Aligned:
+    """Tune what `trains` names of the shared set from `state`, and return the best of what was held against `held_out`.
+
+    It is checked every `check_every` steps, and stops when it was worse than the best `patience` times in a row, or is
+    not finite. A step's batch is a function of (seed, round, step).
+    """
+    model.edge.load(state)
+    model.edge.freeze_all_but(trains)
+    parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(f"align.trains={list(trains)} names nothing; there are {', '.join(model.edge.named())}")
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    loss, accuracy = first = measured(model, held_out, batch_size)
+    best, kept, worse, reason, step = dict(state), 0, 0, "", 0
+    for step in range(1, steps + 1):
+        generator = seeds.generator(seed, "align", round, step)
+        picks = torch.randint(len(items), (min(batch_size, len(items)),), generator=generator).tolist()
+        batch = collate([items[i] for i in picks])
+        logits_BAV = model(batch)
+        total = answer_cross_entropy(logits_BAV, batch.labels_BA)
+        if beta:
+            total = total + beta * divergence(teacher(picks, batch), logits_BAV, batch.labels_BA, temperature)
+        optimizer.zero_grad(set_to_none=True)
+        if torch.isfinite(total):
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        now = measured(model, held_out, batch_size) if step % check_every == 0 or step == steps else None
+        if not torch.isfinite(total) or (now and not now[0] < float("inf")):
+            reason = f"the loss is {float(total):g} at step {step}; lower align.lr={lr:g}"
+            break
+        if now and now[0] < loss:
+            (loss, accuracy), best, kept, worse = now, model.edge.state(), step, 0
+        elif now and (worse := worse + 1) >= patience:
+            reason = f"no better on held-out open data since step {kept}"
+            break
+    model.edge.load(best)
+    return Aligned(best, step, kept, first[0], loss, first[1], accuracy, reason)
+
+
+@torch.no_grad()
+def measured(model: Model, items: Sequence[Prepared], batch_size: int) -> tuple[float, float]:
+    """Cross-entropy and accuracy over the answer tokens of some items."""
+    loss, right, count = 0.0, 0, 0
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start : start + batch_size])
+        logits_BAV, labels_BA = model(batch).cpu(), batch.labels_BA
+        answer_BA = labels_BA >= 0
+        loss += float(answer_cross_entropy(logits_BAV, labels_BA, reduction="sum"))
+        right += int((logits_BAV.argmax(-1) == labels_BA)[answer_BA].sum())
+        count += int(answer_BA.sum())
+    return loss / count, right / count

@@ -1,0 +1,123 @@
+"""MLLM-FL's first stage: a compact encoder learns to see for the frozen LLM, from what a large one shows it.
+
+    z = (1 - w_t) teacher(x) + w_t compact(x)        loss = cross-entropy of the text, through connector and LLM
+
+w_t goes from 0 to 1: at first the LLM sees what the teacher sees and the compact encoder only bends it, at last the
+compact one stands alone. Only its weights move. The text is what an MLLM wrote about open images.
+Source: MLLM-FL 2024 (arXiv 2409.06067), dynamic weighted pretraining; the shape of w_t is not known to us.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedmm import seeds
+from fedmm.edge.compact import Compact
+from fedmm.edge.prepare import Prepared, collate
+from fedmm.model import Model
+from fedmm.types import State
+
+Schedule = Literal["linear", "cosine"]
+
+
+class Notes(Protocol):
+    """Where a long stage leaves how far it is: a killed one goes on from the last note."""
+
+    def read(self) -> tuple[int, State] | None: ...
+
+    def write(self, step: int, state: State) -> None: ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """An image and its text twice: as the teacher's model reads it, and its pixels as the compact encoder does."""
+
+    item: Prepared
+    pixels: Callable[[], Float[Tensor, "I 3 H H"]]
+
+
+def weight(schedule: Schedule, step: int, steps: int, ramp: float) -> float:
+    """w_t at `step` of `steps`, from 1: it rises over the first `ramp` of them, and is 1 from there."""
+    place = min(1.0, step / max(1.0, ramp * steps))
+    return place if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * place))
+
+
+def blend(
+    teacher_MPE: Float[Tensor, "M P E"], compact_MPE: Float[Tensor, "M P E"], w: float
+) -> Float[Tensor, "M P E"]:
+    """The teacher's features at w = 0 and the compact encoder's at w = 1, each to the bit."""
+    return (1 - w) * teacher_MPE + w * compact_MPE
+
+
+def text_loss(model: Model, compact: Compact, looks: Sequence[Look], w: float) -> Float[Tensor, ""]:
+    """Cross-entropy of the texts of a batch, seen through the blend; `model` has no adapters in use."""
+    batch = collate([look.item for look in looks])
+    assert batch.features_MPE is not None, "the teacher's features come from a cached encoder"
+    compact_MPE = compact.features(torch.cat([look.pixels() for look in looks]))
+    return model.answer_loss(replace(batch, features_MPE=blend(batch.features_MPE, compact_MPE, w), keys=None), ())
+
+
+def pretrain(
+    compact: Compact,
+    model: Model,
+    looks: Sequence[Look],
+    notes: Notes,
+    *,
+    seed: int,
+    steps: int = 400,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    schedule: Schedule = "linear",
+    ramp: float = 0.5,
+    note_every: int = 50,
+) -> list[float]:
+    """Train `compact` where it stands; the losses of the steps that were taken here.
+
+    AdamW, its rate on a half cosine. A step's batch is a function of (seed, step), so a run that was killed and goes on
+    from its last note ends with the same bits. Raises ValueError when the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(compact.parameters(), lr=lr)
+    done = 0
+    if found := notes.read():
+        done, state = found
+        _restore(compact, optimizer, state)
+    losses: list[float] = []
+    for step in range(done + 1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        picks = torch.randint(len(looks), (batch_size,), generator=seeds.generator(seed, "pretrain", step)).tolist()
+        loss = text_loss(model, compact, [looks[i] for i in picks], weight(schedule, step, steps, ramp))
+        if not torch.isfinite(loss):
+            raise ValueError(f"pretraining diverged at step {step}: the loss is {loss.item()}; lower pretrain.lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(compact.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if step % note_every == 0 or step == steps:
+            notes.write(step, _noted(compact, optimizer))
+    return losses
+
+
+def _noted(compact: Compact, optimizer: torch.optim.Optimizer) -> State:
+    noted: State = {f"compact/{name}": tensor for name, tensor in compact.state_dict().items()}
+    for i, own in optimizer.state_dict()["state"].items():
+        noted |= {f"optimizer/{i}/{key}": torch.as_tensor(value) for key, value in own.items()}
+    return noted
+
+
+def _restore(compact: Compact, optimizer: torch.optim.Optimizer, noted: State) -> None:
+    compact.load_state_dict({n.removeprefix("compact/"): t for n, t in noted.items() if n.startswith("compact/")})
+    whole = optimizer.state_dict()
+    for name, tensor in noted.items():
+        if name.startswith("optimizer/"):
+            _, i, key = name.split("/")
+            whole["state"].setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(whole)
