@@ -34,6 +34,7 @@ from fedmm.runs.client import Order, Report
 from fedmm.runs.config import encrypted, make, scale
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
+from fedmm.runs.stages import Alignment, pretrained
 from fedmm.store import Store
 from fedmm.types import FedmmError, State
 
@@ -84,9 +85,11 @@ def run_arm(
     if folder.finished:
         return
     torch.set_num_threads(cfg.threads)
-    whole = for_arm(cfg, whole)
-    backbone, parts, card = whole.backbone, whole.parts, whole.card
-    first = server_state(cfg, server_edge(cfg, whole))
+    compact = pretrained(cfg, whole, folder)
+    held = for_arm(cfg, whole, compact)
+    backbone, parts, card = held.backbone, held.parts, held.card
+    first = server_state(cfg, server_edge(cfg, held), compact)
+    align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = folder.resume() or (0, first, {})
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
@@ -115,8 +118,10 @@ def run_arm(
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         deadline_seconds=cfg.link.deadline_seconds,
     ) as host:
-        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host)
+        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host, align)
         rule = make(cfg.rule)
+        if align and not cfg.rounds:  # the stages at the server alone
+            current = align(0, current)
         for round in range(start + 1, cfg.rounds + 1):
             current, memory = arm.train_round(round, current, memory, rule)
         arm.score_round(cfg.rounds + 1, current)
@@ -135,9 +140,10 @@ class _Arm:
         overrides: tuple[str, ...],
         folder: RunFolder,
         host: Host,
+        align: Alignment | None,
     ) -> None:
         self.grid, self.nodes, self.cfg, self.overrides = grid, nodes, cfg, overrides
-        self.folder, self.host = folder, host
+        self.folder, self.host, self.align = folder, host, align
         self.scale = scale(cfg.edge)
         self.everybody = [0] if cfg.pooled else list(range(cfg.clients))
         self.took_part = {c: row["round"] for row in folder.rows("rounds.jsonl") for c in row["clients"]}
@@ -161,7 +167,10 @@ class _Arm:
         if bad := tree.mismatch(current, current):
             raise FedmmError(f"round {round}: the merged state {bad}; lower optimizer.lr or choose a robust rule")
         self.took_part |= dict.fromkeys(arrived, round)
-        losses = self._write_round(round, arrived, lost, current, self._product_error(round, arrived, before, current))
+        product_error = self._product_error(round, arrived, before, current)
+        if self.align and round % self.cfg.align.every == 0:
+            current = self.align(round, current)
+        losses = self._write_round(round, arrived, lost, current, product_error)
         self.folder.save_checkpoint(round, current, memory)
         self.folder.event(
             "round",

@@ -22,7 +22,7 @@ from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
 from fedmm.edge.nano_edge import Lora, NanoEdge
-from fedmm.edge.prepare import Prepared, Processor
+from fedmm.edge.prepare import Prepared, Processor, prepare
 from fedmm.edge.sets import Edge
 from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM
@@ -48,11 +48,15 @@ def whole(cfg: Config) -> Whole:
     return _whole(OmegaConf.to_yaml({key: value for key, value in cfg.llm.items() if key != "where"}))
 
 
-def for_arm(cfg: Config, held: Whole) -> Whole:
-    """What an arm makes of the backbone that all arms share: its card names the classes of a classifier."""
+def for_arm(cfg: Config, held: Whole, compact: State | None) -> Whole:
+    """What an arm makes of the backbone that all arms share: its card names the classes of a classifier, or the values
+    of a compact encoder stand in the place of its own."""
     if cfg.head == "classes":
         return replace(held, card=held.card | {"classes": class_names(cfg)})
-    return held
+    if compact is None:
+        return held
+    parts = edge_parts.with_compact(held.parts, make(cfg.compact), compact)
+    return replace(held, parts=parts, card=edge_parts.describe(held.backbone.model, parts, held.backbone.prompt))
 
 
 def at_client(cfg: Config) -> bool:
@@ -85,11 +89,13 @@ def initial_state(cfg: Config, edge: Edge, name: str) -> State:
     return edge.state(name)
 
 
-def server_state(cfg: Config, edge: Edge) -> State:
-    """What the server starts from: of the shared set, what some round sends."""
+def server_state(cfg: Config, edge: Edge, compact: State | None = None) -> State:
+    """What the server starts from: of the shared set, what some round sends. A classifier's trunk is the compact
+    encoder's, pretrained or not."""
     if "shared" not in cfg.method.sets:
         return {}
     state = initial_state(cfg, edge, "shared")
+    state |= {name: tensor for name, tensor in (compact or {}).items() if name in state}
     return {name: state[name] for name in schemas.sent(make(cfg.schema), cfg.rounds, state)}
 
 
@@ -166,6 +172,21 @@ def classifier(cfg: Config, names: Sequence[str]) -> Built:
 def class_names(cfg: Config) -> list[str]:
     """The classes a classifier tells apart, in one order for everybody: numbers as numbers, before words."""
     return list(cfg.classes) if cfg.classes is not None else answers_of(splits(cfg)["train"])
+
+
+def server_model(cfg: Config, held: Whole) -> Built:
+    """The model that an arm's clients train, whole, in this process."""
+    if cfg.head == "classes":
+        return classifier(cfg, held.card["classes"])
+    encoder = cached_encoder(cfg, held.parts, held.card["edge"])
+    model, processor = local_model(cfg, held, encoder=encoder is None)
+    return of_llm(model, processor, held.card["prompt"], encoder)
+
+
+def of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEncoder | None) -> Built:
+    """A model that an LLM answers for, and its prompt."""
+    ready = functools.partial(prepare, processor=processor, prompt=prompt, encoder=encoder)
+    return Built(model, ready, processor.tokenizer, encoder)
 
 
 def server_edge(cfg: Config, held: Whole) -> Edge:

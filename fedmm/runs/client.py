@@ -17,9 +17,8 @@ import torch
 from fedmm import tree
 from fedmm.codecs import Codecs
 from fedmm.edge import schema as schemas
-from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
-from fedmm.edge.prepare import Prepared, Processor, prepare
+from fedmm.edge.prepare import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.evaluate.answers import Answer, answers
 from fedmm.llm import tls
@@ -36,6 +35,7 @@ from fedmm.runs.build import (
     held_parts,
     initial_state,
     local_model,
+    of_llm,
     partition,
     splits,
     whole,
@@ -173,7 +173,7 @@ def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Sessio
     private = sorted({name.split(".")[0] for name in kept(cfg)}) if cfg.link.local == "dense" else []
     llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, private=private, codecs=codecs)
     model = Model(edge, llm, cfg.link.loss, private, card["stop_tokens"])
-    return _of_llm(model, processor, card, encoder)
+    return of_llm(model, processor, card["prompt"], encoder)
 
 
 def _whole_model(cfg: Config, card: dict[str, Any], client: int) -> Built:
@@ -184,12 +184,7 @@ def _whole_model(cfg: Config, card: dict[str, Any], client: int) -> Built:
         raise ValueError(f"this client's backbone is not the server's: {odd} differ; use the same llm.* files at both")
     encoder = cached_encoder(cfg, own.parts, card["edge"])
     model, processor = local_model(cfg, own, client=client, encoder=encoder is None)
-    return _of_llm(model, processor, card, encoder)
-
-
-def _of_llm(model: Model, processor: Processor, card: dict[str, Any], encoder: CachedEncoder | None) -> Built:
-    ready = functools.partial(prepare, processor=processor, prompt=card["prompt"], encoder=encoder)
-    return Built(model, ready, processor.tokenizer, encoder)
+    return of_llm(model, processor, card["prompt"], encoder)
 
 
 def _load_sets(cfg: Config, edge: Edge, order: Order, arrived: State) -> None:

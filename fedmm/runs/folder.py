@@ -33,7 +33,7 @@ from fedmm.runs import home
 from fedmm.types import State, Update
 
 PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
-_OF_ROUND = ("rounds.jsonl", "ledger.jsonl")  # written in a round, about it
+_OF_ROUND = ("rounds.jsonl", "ledger.jsonl", "stages.jsonl")  # written in a round, about it
 _OF_STATE = ("scores.jsonl", "predictions.jsonl")  # written in a round, about the state it began with
 
 

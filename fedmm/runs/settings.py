@@ -20,6 +20,26 @@ class MethodConfig:
 
 
 @dataclass
+class PretrainConfig:
+    """MLLM-FL's first stage, before the first round; off without a step."""
+
+    threads: int = 2  # of torch, while the server works alone; sums depend on it, so it is no matter of the machine
+    step: Any = None
+
+
+@dataclass
+class AlignConfig:
+    """MLLM-FL's third stage, after an aggregation; off without a step."""
+
+    every: int = 1  # rounds
+    per_class: int = 40  # open images of each class to tune on
+    held_out: int = 20  # and to stop by
+    labels: str = "data"  # whose: of the open data, or of the MLLM (mllm), where they have none
+    threads: int = 2  # as pretrain.threads
+    step: Any = None
+
+
+@dataclass
 class LoraConfig:
     rank: int = 0  # 0: off. The embedded tower gains little from it
     alpha: int = 16
@@ -118,6 +138,9 @@ class Config:
     head: str = "llm"  # classes: no LLM answers, clients train `compact` whole, with a linear head over class names
     classes: list[str] | None = None  # their names; null: those of the training data, where the server has it
     compact: Any = None
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    captions: Any = None  # what an MLLM writes about open images for `pretrain`
+    align: AlignConfig = field(default_factory=AlignConfig)
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -128,6 +151,7 @@ SETS = {"shared", "local", "frozen"}
 ONE_OF = {
     "schedule": ("constant", "cosine"),
     "head": ("llm", "classes"),
+    "align.labels": ("data", "mllm"),
     "evaluate.split": ("validation", "test"),
     "link.loss": ("auto", "client"),
     "link.tls": ("auto", "always", "never"),
@@ -141,6 +165,7 @@ ONE_OF = {
 }
 AT_LEAST = {
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 0, "edge.lora.rank": 0,
+    "pretrain.threads": 1, "align.threads": 1, "align.every": 1, "align.per_class": 1, "align.held_out": 1,
     "edge.cache_memory_mb": 0, "edge.cache_disk_mb": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
     "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,

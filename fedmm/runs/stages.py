@@ -15,9 +15,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,23 @@ from fedmm.data.partition import answers_of
 from fedmm.edge import compact as compacts
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.folding import unfolded
-from fedmm.edge.prepare import Prepared, encode, prepare
+from fedmm.edge.prepare import Prepared, Processor, collate, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs import home
-from fedmm.runs.build import Built, Whole, cached_encoder, initial_state, server_model, splits
+from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model, splits
 from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
 from fedmm.stages.align import Aligned
 from fedmm.stages.pretrain import Look
-from fedmm.stages.scores import agreement, balanced_set, class_scores
+from fedmm.stages.scores import balanced_set, class_scores
 from fedmm.types import Batch, Example, State
 
 log = logging.getLogger("fedmm")
+ROWS = "stages.jsonl"
 
 
 def pretrained(cfg: Config, held: Whole, folder: RunFolder) -> State | None:
@@ -61,48 +62,203 @@ def pretrained(cfg: Config, held: Whole, folder: RunFolder) -> State | None:
 
 
 class _Pretraining:
-    """The first stage, once for what it depends on: a second run, or arm, finds the encoder made."""
+    """The first stage, once for what it depends on: another run, or arm, finds the encoder made."""
 
     def __init__(self, cfg: Config, held: Whole, folder: RunFolder) -> None:
         self.cfg, self.held, self.folder = cfg, held, folder
 
     def run(self, compact: compacts.Compact) -> None:
+        """Give `compact` the values that it learns from what the MLLM says."""
         began = time.perf_counter()
         place = home.home() / "pretrained"
         with _threads(self.cfg.pretrain.threads), _alone(place):
             mllm = the_mllm(self.cfg, self.held)
-            told = make(self.cfg.captions)(
-                mllm.model,
-                mllm.processor,
-                self.held.backbone.prompt,
-                open_examples(self.cfg),
-                home.home() / "captions" / f"{_key(OmegaConf.to_yaml(self.cfg.dataset))}.jsonl",
-            )
-            captioned = time.perf_counter()
+            file = home.home() / "captions" / f"{_key(OmegaConf.to_yaml(self.cfg.dataset))}.jsonl"
+            prompt = self.held.backbone.prompt
+            told = make(self.cfg.captions)(mllm.model, mllm.processor, prompt, open_examples(self.cfg), file)
+            said_seconds = time.perf_counter() - began
             made = place / f"{self._key(told.kept)}.safetensors"
-            losses = []
+            losses: list[float] = []
             if not made.exists():
-                log.info("pretraining on %d texts of open images; dropped: %s", len(told.kept), told.dropped)
+                self.folder.event("pretraining", texts=len(told.kept), dropped=told.dropped, file=str(file))
                 notes = _NotesAt(made.with_suffix(".part"))
-                losses = make(self.cfg.pretrain.step)(compact, mllm.model, self._looks(mllm, told.examples), notes)
+                learn = make(self.cfg.pretrain.step)
+                losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, seed=self.cfg.seed)
                 home.save(compact.state_dict(), made)
                 notes.path.unlink(missing_ok=True)
             compact.load_state_dict(safetensors.torch.load_file(made))
-        if not self.folder.rows("stages.jsonl"):
+        if not self.folder.rows(ROWS):
             self.folder.append(
-                "stages.jsonl", stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped,
-                captions_seconds=captioned - began, seconds=time.perf_counter() - began, llm_samples=mllm.llm.samples,
+                ROWS, stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped,
+                captions_seconds=said_seconds, seconds=time.perf_counter() - began, llm_samples=mllm.llm.samples,
                 steps=len(losses), loss=losses[-1] if losses else None, parameters=_size(compact),
-                teacher_parameters=_size(mllm.model.edge.encoder),
+                teacher_parameters=_size(mllm.encoder),
             )  # fmt: skip
 
-    def _looks(self, mllm: _MLLM, examples: Sequence[Example]) -> list[Look]:
+    def _looks(self, mllm: MLLM, examples: Sequence[Example]) -> list[Look]:
         side = make(self.cfg.compact).side
-        items = mllm.ready(examples)
-        return [Look(item, functools.partial(compacts.pixels, e.images, side)) for item, e in zip(items, examples, strict=True)]
+        looks = [functools.partial(compacts.pixels, example.images, side) for example in examples]
+        return [Look(item, look) for item, look in zip(mllm.ready(examples), looks, strict=True)]
 
     def _key(self, captions: Sequence[Any]) -> str:
         cfg = self.cfg
-        said = hashlib.sha256(json.dumps([asdict(caption) for caption in captions]).encode()).hexdigest()
+        said = json.dumps([asdict(caption) for caption in captions])
         nodes = [OmegaConf.to_yaml(node) for node in (cfg.pretrain, cfg.compact)]
         return _key(said, self.held.card["edge"], str(cfg.seed), torch.__version__, *nodes)
+
+
+class Alignment:
+    """The third stage of an arm: its set of open data, and what the MLLM says of it, made once."""
+
+    def __init__(self, cfg: Config, own: Whole, held: Whole, folder: RunFolder) -> None:
+        """`own` is the backbone as it is, the MLLM; `held` what the arm's clients train on. Raises ValueError where
+        there is no open image of a class."""
+        self.cfg, self.folder = cfg, folder
+        with _threads(cfg.align.threads):
+            mllm, built = the_mllm(cfg, own), server_model(cfg, held)
+            self.model = built.model
+            examples = open_examples(cfg)
+            names = held.card["classes"] if cfg.head == "classes" else answers_of(examples)
+            scores_NC = None
+            if cfg.head == "classes":
+                place = home.home() / "scores"
+                with _alone(place):
+                    prompt = own.backbone.prompt
+                    scores_NC = class_scores(mllm.model, mllm.processor, prompt, examples, names, path=place)
+                said = [names[i] for i in scores_NC.argmax(-1).tolist()]
+            else:
+                said = mllm.said(examples)
+            self.agreement = agreed(said, [example.answer for example in examples])
+            if cfg.align.labels == "mllm":
+                examples = [replace(e, answer=a) for e, a in zip(examples, said, strict=True)]
+            chosen, held_out = self._chosen([example.answer for example in examples], names)
+            self.items = built.ready([examples[i] for i in chosen])
+            self.held_out = built.ready([examples[i] for i in held_out])
+            if scores_NC is not None:
+                self._scores_NC = scores_NC[chosen]
+                self.teacher = self._class_scores
+            else:
+                self._asked = mllm.ready([examples[i] for i in chosen])
+                self._mllm = mllm.model
+                self.teacher = self._own_answers
+        self.folder.event("align", images=len(chosen), held_out=len(held_out), zero_shot=self.agreement)
+
+    def __call__(self, round: int, state: State) -> State:
+        """The aggregate of a round, aligned. It is on the disk in the clients' updates until the round is whole."""
+        began = time.perf_counter()
+        start = initial_state(self.cfg, self.model.edge, "shared") | unfolded(state)
+        with _threads(self.cfg.align.threads):
+            found: Aligned = make(self.cfg.align.step)(
+                self.model, start, self.items, self.teacher, self.held_out, seed=self.cfg.seed, round=round
+            )
+        if found.reason:
+            log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
+        about = {key: value for key, value in asdict(found).items() if key != "state"}
+        about |= {"seconds": time.perf_counter() - began, "zero_shot": self.agreement}
+        self.folder.append(ROWS, stage="align", round=round, **about)
+        self.folder.event("aligned", round=round, **about)
+        return {name: found.state[name] for name in state}
+
+    def _chosen(self, answers: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
+        """As many examples of each class to tune on, and others to stop by."""
+        align, place = self.cfg.align, {name: i for i, name in enumerate(names)}
+        generator = seeds.generator(self.cfg.seed, "balanced")
+        both = balanced_set([place[answer] for answer in answers], names, align.per_class + align.held_out, generator)
+        by_class: dict[str, list[int]] = {}
+        for i in both:
+            by_class.setdefault(answers[i], []).append(i)
+        shares = {name: max(1, len(own) * align.held_out // (align.per_class + align.held_out)) for name, own in by_class.items()}
+        chosen = [i for name, own in by_class.items() for i in own[shares[name] :] or own]
+        return chosen, [i for name, own in by_class.items() for i in own[: shares[name]]]
+
+    def _class_scores(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        return self._scores_NC[list(indices)][:, None]
+
+    @torch.no_grad()
+    def _own_answers(self, indices: Sequence[int], batch: Batch) -> Tensor:
+        return self._mllm(collate([self._asked[i] for i in indices]), ())
+
+
+@dataclass(frozen=True)
+class MLLM:
+    """The host's own LLM with its own encoder and no adapters in use."""
+
+    model: Model
+    processor: Processor
+    llm: LocalLLM
+    encoder: torch.nn.Module
+    ready: Callable[[Sequence[Example]], list[Prepared]]
+
+    def said(self, examples: Sequence[Example]) -> list[str]:
+        """Its answers to the examples' own questions."""
+        return [answer.said for answer in answers(self.model, self.ready(examples), self.processor.tokenizer, use=())]
+
+
+def the_mllm(cfg: Config, held: Whole) -> MLLM:
+    """The backbone as a whole, its encoder among it, in modules of its own on the same memory."""
+    llm = LocalLLM(twin(held.backbone.model))
+    edge, processor = edge_parts.build(held.parts, rank=1)
+    cached = cached_encoder(cfg, held.parts, held.card["edge"])
+
+    def ready(examples: Sequence[Example]) -> list[Prepared]:
+        items = prepare(examples, processor, held.backbone.prompt, cached)
+        return items if cached else encode(edge, items)
+
+    assert edge.encoder is not None
+    return MLLM(Model(edge, llm), processor, llm, edge.encoder, ready)
+
+
+def open_examples(cfg: Config) -> Sequence[Example]:
+    """The public split. Raises ValueError where it is empty."""
+    if examples := splits(cfg).get("public"):
+        return examples
+    raise ValueError("the stages at the server need open images, and there are none; raise dataset.public")
+
+
+def agreed(said: Sequence[str], truths: Sequence[str]) -> float:
+    """The share of answers that are the truth, case and outer space ignored."""
+    same = [a.strip().casefold() == b.strip().casefold() for a, b in zip(said, truths, strict=True)]
+    return sum(same) / len(same)
+
+
+class _NotesAt:
+    """Notes in a file beside what they become."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> tuple[int, State] | None:
+        if not self.path.exists():
+            return None
+        noted = safetensors.torch.load_file(self.path)
+        return int(noted.pop("step")), noted
+
+    def write(self, step: int, state: State) -> None:
+        home.save({**state, "step": torch.tensor(step)}, self.path)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """One process of this machine at a time; the others then find what it made."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _key(*about: str) -> str:
+    return hashlib.sha256("\n".join(about).encode()).hexdigest()[:32]
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

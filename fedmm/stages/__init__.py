@@ -1,0 +1,1 @@
+"""Stages: what the server does with open images, before the first round and after each. See conf/captions/."""

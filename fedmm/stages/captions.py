@@ -1,0 +1,425 @@
+"""What a multimodal LLM writes about open images: the text of MLLM-FL's global visual-text pretraining.
+
+    each image x each prompt  ->  a line of a jsonl  ->  kept or dropped, by counts of words  ->  examples to train on
+
+A writer is what a yaml of conf/captions/ names: the host's own LLM, another of a hub, texts made elsewhere, or the
+data's own answers, which are an oracle and say so in their name. Who writes is in every line; nothing is asked twice.
+Source: MLLM-FL (arXiv 2409.06067), where an MLLM writes a description, a conversation and reasoning about each image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from fedmm import tree
+from fedmm.edge.prepare import Processor, content_of, encode, prepare
+from fedmm.evaluate.answers import answers
+from fedmm.llm.local import LocalLLM
+from fedmm.model import Model
+from fedmm.types import Example
+
+OWN_QUESTION = "{question}"
+"""Where an example's own question stands in a prompt."""
+_PLACE = "<image>"  # of a further image in a question, as datasets write it
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What one writer wrote about one image: `image` is `content_of`, `prompt` as it was asked."""
+
+    image: str
+    prompt: str
+    text: str
+    writer: str
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes. `name` changes with all that the text depends on; `say` gets examples that hold the prompt as their
+    question, and an answer only where that is the data's own question."""
+
+    name: str
+    say: Callable[[Sequence[Example]], list[str]]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What came of it: examples to train on, the captions they are made of, how many were dropped, by reason."""
+
+    examples: list[Example]
+    kept: list[Caption]
+    dropped: dict[str, int]
+
+
+def captions(
+    model: Model,
+    processor: Processor,
+    prompt: str,
+    examples: Sequence[Example],
+    path: Path,
+    *,
+    writer: Callable[[Model, Processor, str], Writer],
+    prompts: Sequence[str],
+    chunk: int = 64,
+    min_words: int = 1,
+    max_words: int = 60,
+    repetition: float = 0.5,
+    agree: Sequence[Sequence[str]] = (),
+) -> Captions:
+    """`write`, `keep` and `training` in a row; a node of conf/captions/ gives this with everything behind `*`.
+
+    `model`, `processor` and `prompt` are the host's own, and `path` the jsonl.
+    """
+    said = write(examples, writer(model, processor, prompt), prompts, path, chunk=chunk)
+    kept, dropped = keep(said, min_words=min_words, max_words=max_words, repetition=repetition, agree=agree)
+    return Captions(training(kept, examples), kept, dropped)
+
+
+def write(
+    examples: Sequence[Example], writer: Writer, prompts: Sequence[str], path: Path, *, chunk: int = 64
+) -> list[Caption]:
+    """Ask every prompt of every image, once; examples without images are passed over.
+
+    `path` gets a line for each as it comes, in chunks whose bounds do not depend on what is there already, so that a
+    killed run goes on where it stopped and ends with the same texts. Lines of other writers or prompts stay. The order
+    is that of the images, and for each that of the prompts. Raises ValueError for a line that is no caption.
+    """
+    asked = list(_asked(examples, prompts))
+    there = {(c.image, c.prompt): c for c in _resume(path) if c.writer == writer.name}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(asked), chunk):
+            new = [one for one in asked[start : start + chunk] if (one.image, one.prompt) not in there]
+            if not new:
+                continue
+            texts = writer.say([_example(examples[one.row], one.prompt) for one in new])
+            made = [Caption(a.image, a.prompt, t, writer.name) for a, t in zip(new, texts, strict=True)]
+            file.write("".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made))
+            file.flush()
+            there |= {(caption.image, caption.prompt): caption for caption in made}
+    return [there[one.image, one.prompt] for one in asked]
+
+
+def keep(
+    captions: Sequence[Caption],
+    *,
+    min_words: int = 1,
+    max_words: int = 60,
+    repetition: float = 0.5,
+    agree: Sequence[Sequence[str]] = (),
+) -> tuple[list[Caption], dict[str, int]]:
+    """The captions worth training on, and how many of the others for which reason, the first that held.
+
+    `repetition` is the largest share of words, or of trigrams, that stood in the text before: a greedy LLM that has
+    lost its thread repeats itself. `agree` are pairs of prompts, as they were asked, which want the same text of an
+    image: where what is left of a writer's two differs, but for case, both go. Raises ValueError where nothing remains.
+    """
+    if odd := [pair for pair in agree if len(pair) != 2]:
+        raise ValueError(f"captions.agree wants pairs of prompts, got {list(odd[0])}")
+    reasons = Counter({"empty": 0, "short": 0, "long": 0, "repetitive": 0, "disagree": 0})
+    left: list[Caption] = []
+    for caption in captions:
+        words = caption.text.casefold().split()
+        if reason := _reason(words, min_words, max_words, repetition):
+            reasons[reason] += 1
+        else:
+            left.append(caption)
+    apart = _apart(left, agree)
+    kept = [caption for caption in left if caption not in apart]
+    reasons["disagree"] = len(left) - len(kept)
+    if not kept:
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise ValueError(
+            f"of {len(captions)} captions none is kept: {counts}; look at them in their jsonl, then change "
+            f"captions.prompts or captions.writer, or loosen captions.min_words={min_words}, captions.max_words={max_words}, "
+            f"captions.repetition={repetition:g}, captions.agree={[list(pair) for pair in agree]}"
+        )
+    return kept, dict(reasons)
+
+
+def training(captions: Sequence[Caption], examples: Sequence[Example]) -> list[Example]:
+    """Examples that ask the prompt and want the text. Raises ValueError for a caption whose image is not there."""
+    rows: dict[str, int] = {}
+    for row, example in enumerate(examples):
+        rows.setdefault(content_of(example.images), row)
+    made = {}
+    for caption in dict.fromkeys(captions):
+        if caption.image not in rows:
+            raise ValueError(
+                f"a caption is about image {caption.image}, which is none of the {len(examples)} examples; give those "
+                "that it was written for"
+            )
+        source = examples[rows[caption.image]]
+        about = f"{caption.image}\n{caption.prompt}\n{caption.writer}"
+        id = f"caption/{hashlib.blake2b(about.encode(), digest_size=12).hexdigest()}"
+        if id in made:
+            raise ValueError(
+                f"{source.id}: two texts of {caption.writer} for {caption.prompt!r}; leave one of them out"
+            )
+        labels = {"source": source.id, "writer": caption.writer}
+        made[id] = Example(id, source.images, caption.prompt, caption.text, labels)
+    return list(made.values())
+
+
+# --- writers ----------------------------------------------------------------------------------------------------------
+
+
+def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64, max_tokens: int = 8) -> Writer:
+    """The host's own LLM with no adapters in use: greedy answers."""
+
+    def say(asked: Sequence[Example]) -> list[str]:
+        items = encode(model.edge, prepare(asked, processor, prompt))  # an image of several prompts is encoded once
+        found = answers(model, items, processor.tokenizer, use=(), batch_size=batch_size, max_tokens=max_tokens)
+        return [answer.said for answer in found]
+
+    return Writer(f"own:{fingerprint(model, processor, prompt)[:16]}:{max_tokens}", say)
+
+
+def hub(
+    model: Model,
+    processor: Processor,
+    prompt: str,
+    *,
+    path: str,
+    template: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    device: str = "auto",
+    batch_size: int = 8,
+    max_tokens: int = 128,
+) -> Writer:
+    """Another image-text-to-text model of Hugging Face's, by hub name or folder: greedy answers.
+
+    It is asked by its processor's chat template; `template`, with `{question}` and as many image placeholders as there
+    are images, is for one that has none, and wins where both are there. The host's own LLM is not used.
+    Raises ValueError where there is neither, OSError where `path` holds no model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    asks = AutoProcessor.from_pretrained(path)
+    chat = getattr(asks, "chat_template", None)
+    if not (template or chat):
+        raise ValueError(
+            f"captions.writer.path={path} has no chat template; set captions.writer.template, for instance to "
+            "'USER: <image>\\n{question} ASSISTANT:'"
+        )
+    asks.tokenizer.padding_side = "left"  # an answer goes on from where its prompt ends
+    if asks.tokenizer.pad_token is None:
+        asks.tokenizer.pad_token = asks.tokenizer.eos_token
+    writes = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+
+    @torch.inference_mode()
+    def say(asked: Sequence[Example]) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(asked), batch_size):
+            inputs = _inputs(asks, asked[start : start + batch_size], template).to(device, writes.dtype)
+            out_BN = writes.generate(
+                **inputs, do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_tokens
+            )
+            new_BN = out_BN[:, inputs["input_ids"].shape[1] :]
+            texts += asks.tokenizer.batch_decode(new_BN, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    weights = tree.digest({**dict(writes.named_parameters()), **dict(writes.named_buffers())})
+    about = f"{weights} {template or chat} {max_tokens} {_reads(asks.tokenizer, asks.image_processor)}"
+    return Writer(f"hub:{path}:{hashlib.sha256(about.encode()).hexdigest()[:16]}", say)
+
+
+def prepared(model: Model, processor: Processor, prompt: str, *, folder: str) -> Writer:
+    """Texts made elsewhere, by a commercial model or by people: every *.jsonl of a folder, with lines of
+
+        {"image": <its content hash, or the example's id>, "prompt": <as it is asked>, "text": <what was written>}
+
+    An empty text says that there is none, and `keep` drops it. A jsonl of `write` is one, too. Raises ValueError for a
+    broken line, for two texts of one image and prompt that differ, and when asked what no line has.
+    """
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"captions.writer.folder={folder} has no *.jsonl; its lines are to be {_WANTED}")
+    texts: dict[tuple[str, str], tuple[str, str]] = {}
+    for file in files:
+        for where, line in _lines(file, file.read_bytes().split(b"\n"), ("image", "prompt", "text")):
+            text, first = texts.setdefault((line["image"], line["prompt"]), (line["text"], where))
+            if text != line["text"]:
+                raise ValueError(f"{where} says {line['text'][:60]!r} where {first} says {text[:60]!r}; leave one out")
+
+    def say(asked: Sequence[Example]) -> list[str]:
+        found = []
+        for example in asked:
+            image = content_of(example.images)
+            text = texts.get((image, example.question)) or texts.get((example.id, example.question))
+            if text is None:
+                raise ValueError(
+                    f"captions.writer.folder={folder} has no text of image {image} (example {example.id}) for "
+                    f"the prompt {example.question!r}; add a line, with an empty text where there is none, or change "
+                    "captions.prompts"
+                )
+            found.append(text[0])
+        return found
+
+    total = hashlib.sha256(json.dumps(sorted((*key, text) for key, (text, _) in texts.items())).encode())
+    return Writer(f"prepared:{total.hexdigest()[:16]}", say)
+
+
+def oracle(model: Model, processor: Processor, prompt: str) -> Writer:
+    """The data's own answers to its own questions: an upper bound, and no MLLM. It asks `{question}` alone."""
+
+    def say(asked: Sequence[Example]) -> list[str]:
+        if other := [example.question for example in asked if not example.answer]:
+            raise ValueError(
+                f"captions=oracle knows the answers of the data's own questions alone, got {other[0]!r}; set "
+                f"captions.prompts=['{OWN_QUESTION}']"
+            )
+        return [example.answer for example in asked]
+
+    return Writer("oracle", say)
+
+
+def fingerprint(model: Model, processor: Processor, prompt: str) -> str:
+    """A hash of all that the answers of the host's own LLM depend on, its adapters apart."""
+    assert isinstance(model.llm, LocalLLM) and model.edge.encoder is not None, "the host's own LLM, and its encoder"
+    adapters = {id(parameter) for parameter in model.edge.named().values()}
+    modules = (model.edge.encoder, model.edge.connector, model.llm.decoder, model.llm.head)
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) not in adapters]
+    weights = tree.digest({str(i): tensor for i, tensor in enumerate(tensors)})  # their names change with adapters
+    about = f"{weights} {prompt} {_reads(processor.tokenizer, processor.load_images())}"
+    return hashlib.sha256(about.encode()).hexdigest()
+
+
+def _reads(tokenizer: Any, images: Any) -> str:
+    """How a model is given its tokens and pixels."""
+    return f"{sorted(tokenizer.get_vocab().items())} {images.to_json_string()}"
+
+
+def _inputs(asks: Any, examples: Sequence[Example], template: str | None) -> Any:
+    """What a model of a hub takes, by its own processor."""
+    options = {"padding": True, "return_tensors": "pt"}
+    if template:
+        texts = [template.format(question=example.question) for example in examples]
+        return asks(images=[image for example in examples for image in example.images], text=texts, **options)
+    talks = [[{"role": "user", "content": _content(example)}] for example in examples]
+    options |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return asks.apply_chat_template(talks, **options)
+
+
+def _content(example: Example) -> list[dict[str, Any]]:
+    """A question with its images, those without a place in it first."""
+    first, *rest = example.question.split(_PLACE)
+    front = len(example.images) - len(rest)
+    if front < 0:
+        raise ValueError(f"{example.id}: {len(rest)} places for {len(example.images)} images in {example.question!r}")
+
+    def shown(images: Sequence[Image.Image], text: str) -> list[dict[str, Any]]:
+        said = [{"type": "text", "text": text.strip()}] if text.strip() else []
+        return [*({"type": "image", "image": image} for image in images), *said]
+
+    content = shown(example.images[:front], first)
+    for image, text in zip(example.images[front:], rest, strict=True):
+        content += shown([image], text)
+    return content
+
+
+# --- what is asked, and what is kept ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Asked:
+    row: int
+    image: str
+    prompt: str
+
+
+def _asked(examples: Sequence[Example], prompts: Sequence[str]) -> Iterator[_Asked]:
+    if not prompts:
+        raise ValueError("captions.prompts is empty; give what to ask of each image, '{question}' is the example's own")
+    seen = set()
+    for row, example in enumerate(examples):
+        image = content_of(example.images)
+        for prompt in prompts if example.images else ():
+            one = image, prompt.replace(OWN_QUESTION, example.question)
+            if one not in seen:
+                seen.add(one)
+                yield _Asked(row, *one)
+
+
+def _example(example: Example, prompt: str) -> Example:
+    return replace(example, question=prompt, answer=example.answer if prompt == example.question else "")
+
+
+def _reason(words: Sequence[str], min_words: int, max_words: int, repetition: float) -> str | None:
+    if not words:
+        return "empty"
+    if len(words) < min_words:
+        return "short"
+    if len(words) > max_words:
+        return "long"
+    return "repetitive" if max(_repeats(words, 1), _repeats(words, 3)) > repetition else None
+
+
+def _repeats(words: Sequence[str], n: int) -> float:
+    """The share of runs of n words that stood there before."""
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def _apart(captions: Sequence[Caption], agree: Sequence[Sequence[str]]) -> set[Caption]:
+    """The captions that another of the same image and writer contradicts."""
+    by_image: dict[tuple[str, str], dict[str, Caption]] = defaultdict(dict)
+    for caption in captions:
+        by_image[caption.image, caption.writer][caption.prompt] = caption
+    apart = set()
+    for said in by_image.values():
+        for one, other in agree:
+            pair = [said[prompt] for prompt in (one, other) if prompt in said]
+            if len({" ".join(caption.text.casefold().split()) for caption in pair}) > 1:
+                apart |= set(pair)
+    return apart
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+_KEYS = ("image", "prompt", "text", "writer")
+_WANTED = '{"image": <content hash or example id>, "prompt": <as asked>, "text": <what was written>}'
+
+
+def _resume(path: Path) -> list[Caption]:
+    """The captions of a file; what a kill cut off at its end is taken out of it."""
+    if not path.exists():
+        return []
+    whole = mend(path)
+    return [Caption(**{key: line[key] for key in _KEYS}) for _, line in _lines(path, whole.split(b"\n"), _KEYS)]
+
+
+def mend(path: Path) -> bytes:
+    """Take a last line that was cut off out of a jsonl, so that it can be appended to; returns what is left."""
+    whole = path.read_bytes()
+    if not whole.endswith(b"\n") and whole:
+        whole = whole[: whole.rfind(b"\n") + 1]
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    return whole
+
+
+def _lines(path: Path, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The lines of a jsonl with where they stand. Raises ValueError for one without a string under each key."""
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+        except ValueError as error:  # a UnicodeDecodeError is one too
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); wanted {_WANTED}") from error
+        lacking = [key for key in keys if not isinstance(line, dict) or not isinstance(line.get(key), str)]
+        if lacking:
+            raise ValueError(f"{path}, line {number} has no string {lacking[0]!r}; wanted {_WANTED}")
+        yield f"{path}, line {number}", line
