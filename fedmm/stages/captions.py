@@ -140,8 +140,9 @@ def keep(
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise ValueError(
             f"of {len(captions)} captions none is kept: {counts}; look at them in their jsonl, then change "
-            f"captions.prompts or captions.writer, or loosen captions.min_words={min_words}, captions.max_words={max_words}, "
-            f"captions.repetition={repetition:g}, captions.agree={[list(pair) for pair in agree]}"
+            f"captions.prompts or captions.writer, or loosen captions.min_words={min_words}, "
+            f"captions.max_words={max_words}, captions.repetition={repetition:g}, "
+            f"captions.agree={[list(pair) for pair in agree]}"
         )
     return kept, dict(reasons)
 
