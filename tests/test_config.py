@@ -18,6 +18,7 @@ def test_every_yaml_of_every_group_composes_and_binds(group, name):
     extra = {("rule", "fisher"): ["method=fednano"], ("schema", "feddpa"): ["arm=feddpa"]}.get((group, name), [])
     extra += ["rule=mean"] if group == "method" else []
     extra += ["llm.where=client"] if group == "inner" else []
+    extra += ["compact=resnet8"] if group == "pretrain" else []
     assert list(check(compose([f"{group}={name}", *extra]))) == []
 
 

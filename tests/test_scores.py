@@ -16,7 +16,7 @@ from fedmm.edge.prepare import content_of
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.stages import scores
-from fedmm.stages.scores import agreement, balanced_set, class_scores, labels
+from fedmm.stages.scores import agreement, balanced_set, class_scores
 
 NAMES = ["one", "three one", "two", "red"]  # of one and of two tokens, "three one" ending as another is
 
@@ -143,36 +143,29 @@ def test_without_examples_there_are_no_rows(model, processor):
     assert class_scores(model, processor, PROMPT, [], NAMES).shape == (0, 4)
 
 
-def test_labels_and_agreement_by_hand():
-    found = labels(torch.tensor([[-1.0, -0.5], [-0.1, -3.0], [-2.0, -0.2], [-0.1, -4.0]]))
-    assert found.tolist() == [1, 0, 1, 0]
-    assert agreement(found, ["Two", "one ", "one", "seven"], ["one", "two"]) == 0.5
-    with pytest.raises(ValueError, match="4 labels for 1 truths"):
-        agreement(found, ["one"], ["one", "two"])
-    with pytest.raises(ValueError, match="0 labels for 0 truths; wanted as many, and at least one"):
-        agreement(found[:0], [], ["one", "two"])
+def test_agreement_by_hand():
+    assert agreement(["two", "one", "two", "one"], ["Two", "one ", "one", "seven"]) == 0.5
+    with pytest.raises(ValueError, match="2 answers for 1 truths"):
+        agreement(["one", "one"], ["one"])
+    with pytest.raises(ValueError, match="0 answers for 0 truths; wanted as many, and at least one"):
+        agreement([], [])
 
 
 def test_a_balanced_set_holds_as_many_of_each_class(caplog):
-    classes = [0] * 30 + [1] * 3 + [2] * 8
+    answers, names = ["a"] * 30 + ["b"] * 4 + ["c"] * 8 + ["other"], ["a", "b", "c"]
     with caplog.at_level(logging.WARNING, scores.log.name):
-        chosen = balanced_set(classes, 3, 5, seeds.generator(0, "align"))
-    assert [classes[i] for i in chosen] == [0] * 5 + [1] * 3 + [2] * 5
-    assert len(set(chosen)) == len(chosen)
-    assert "fewer than 5 open examples of 1 classes; all of them are taken: {1: 3}" in caplog.text
-    assert chosen == balanced_set(classes, 3, 5, seeds.generator(0, "align"))
-    assert chosen != balanced_set(classes, 3, 5, seeds.generator(1, "align"))
-    caplog.clear()
-    assert len(balanced_set(classes, 3, 3, seeds.generator(0, "align"))) == 9 and not caplog.text
+        chosen, held_out = balanced_set(answers, names, 5, 2, seeds.generator(0, "balanced"))
+    assert [answers[i] for i in chosen] == ["a"] * 5 + ["b"] * 3 + ["c"] * 5
+    assert [answers[i] for i in held_out] == ["a"] * 2 + ["b"] + ["c"] * 2
+    assert len({*chosen, *held_out}) == len(chosen) + len(held_out)
+    assert "fewer than 7 open examples of 1 classes; all of them are taken: {'b': 4}" in caplog.text
+    assert (chosen, held_out) == balanced_set(answers, names, 5, 2, seeds.generator(0, "balanced"))
+    assert (chosen, held_out) != balanced_set(answers, names, 5, 2, seeds.generator(1, "balanced"))
 
 
 def test_a_balanced_set_says_what_it_lacks():
-    with pytest.raises(ValueError, match=r"of class 1, 3; raise dataset.public, take labels .* or leave classes out"):
-        balanced_set([0, 2, 2], 4, 1, seeds.generator(0, "align"))
-    with pytest.raises(ValueError, match="class 5 is not from 0 to below 4"):
-        balanced_set([0, 5], 4, 1, seeds.generator(0, "align"))
-    with pytest.raises(ValueError, match="per_class must be at least 1, got 0"):
-        balanced_set([0, 1], 2, 0, seeds.generator(0, "align"))
+    with pytest.raises(ValueError, match=r"fewer than two are of class b, d; raise dataset.public, set align.labels"):
+        balanced_set(["a", "a", "c", "c", "b"], ["a", "b", "c", "d"], 1, 1, seeds.generator(0, "balanced"))
 
 
 def test_what_is_kept_can_be_read(model, processor, tmp_path):

@@ -16,8 +16,6 @@ from fedmm.types import Batch, Embeds, State, TokenTerm
 class Edge(nn.Module, ABC):
     """The part of a model that a client runs: a NanoEdge before an LLM, or a classifier, which needs none."""
 
-    decoder: nn.Module | None = None  # the LLM's layers, where adapters of the sets lie inside them
-
     @property
     @abstractmethod
     def sets(self) -> Sequence[str]:

@@ -197,6 +197,13 @@ def _check_head(cfg: Config) -> Iterator[str]:
         yield "compact stands in the place of the LLM's own encoder, llm.where=client runs that one; set compact=none"
     if cfg.compact and cfg.edge.lora.rank:
         yield f"edge.lora.rank={cfg.edge.lora.rank} trains in the LLM's own encoder; set it to 0, or compact=none"
+    if cfg.pretrain.step and not cfg.compact:
+        yield "pretrain trains a compact encoder; set compact=resnet8, or pretrain=none"
+    if cfg.align.step and "shared" not in cfg.method.sets:
+        yield f"align tunes the shared state, method.sets={list(cfg.method.sets)} has none; set align=none"
+    if cfg.align.step and (cfg.method.retrained or at_client):
+        which = "method.retrained" if cfg.method.retrained else "llm.where=client"
+        yield f"align does not go with {which}; set align=none"
     if cfg.head == "llm":
         if cfg.method.retrained:
             yield "method.retrained is a classifier's second head; set head=classes, or choose another method"

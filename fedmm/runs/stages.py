@@ -32,7 +32,7 @@ from fedmm.edge import compact as compacts
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.folding import unfolded
 from fedmm.edge.prepare import Prepared, Processor, collate, encode, prepare
-from fedmm.evaluate.answers import answers
+from fedmm.evaluate.answers import answers as answers_to
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
@@ -43,7 +43,7 @@ from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
 from fedmm.stages.align import Aligned
 from fedmm.stages.pretrain import Look
-from fedmm.stages.scores import balanced_set, class_scores
+from fedmm.stages.scores import agreement, balanced_set, class_scores
 from fedmm.types import Batch, Example, State
 
 log = logging.getLogger("fedmm")
@@ -83,7 +83,7 @@ class _Pretraining:
                 self.folder.event("pretraining", texts=len(told.kept), dropped=told.dropped, file=str(file))
                 notes = _NotesAt(made.with_suffix(".part"))
                 learn = make(self.cfg.pretrain.step)
-                losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, seed=self.cfg.seed)
+                losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, self.cfg.seed)
                 home.save(compact.state_dict(), made)
                 notes.path.unlink(missing_ok=True)
             compact.load_state_dict(safetensors.torch.load_file(made))
@@ -128,10 +128,12 @@ class Alignment:
                 said = [names[i] for i in scores_NC.argmax(-1).tolist()]
             else:
                 said = mllm.said(examples)
-            self.agreement = agreed(said, [example.answer for example in examples])
+            self.agreement = agreement(said, [example.answer for example in examples])
             if cfg.align.labels == "mllm":
                 examples = [replace(e, answer=a) for e, a in zip(examples, said, strict=True)]
-            chosen, held_out = self._chosen([example.answer for example in examples], names)
+            align, generator = cfg.align, seeds.generator(cfg.seed, "balanced")
+            answers = [example.answer for example in examples]
+            chosen, held_out = balanced_set(answers, names, align.per_class, align.held_out, generator)
             self.items = built.ready([examples[i] for i in chosen])
             self.held_out = built.ready([examples[i] for i in held_out])
             if scores_NC is not None:
@@ -149,7 +151,7 @@ class Alignment:
         start = initial_state(self.cfg, self.model.edge, "shared") | unfolded(state)
         with _threads(self.cfg.align.threads):
             found: Aligned = make(self.cfg.align.step)(
-                self.model, start, self.items, self.teacher, self.held_out, seed=self.cfg.seed, round=round
+                self.model, start, self.items, self.teacher, self.held_out, self.cfg.seed, round
             )
         if found.reason:
             log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
@@ -158,18 +160,6 @@ class Alignment:
         self.folder.append(ROWS, stage="align", round=round, **about)
         self.folder.event("aligned", round=round, **about)
         return {name: found.state[name] for name in state}
-
-    def _chosen(self, answers: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
-        """As many examples of each class to tune on, and others to stop by."""
-        align, place = self.cfg.align, {name: i for i, name in enumerate(names)}
-        generator = seeds.generator(self.cfg.seed, "balanced")
-        both = balanced_set([place[answer] for answer in answers], names, align.per_class + align.held_out, generator)
-        by_class: dict[str, list[int]] = {}
-        for i in both:
-            by_class.setdefault(answers[i], []).append(i)
-        shares = {name: max(1, len(own) * align.held_out // (align.per_class + align.held_out)) for name, own in by_class.items()}
-        chosen = [i for name, own in by_class.items() for i in own[shares[name] :] or own]
-        return chosen, [i for name, own in by_class.items() for i in own[: shares[name]]]
 
     def _class_scores(self, indices: Sequence[int], batch: Batch) -> Tensor:
         return self._scores_NC[list(indices)][:, None]
@@ -191,7 +181,9 @@ class MLLM:
 
     def said(self, examples: Sequence[Example]) -> list[str]:
         """Its answers to the examples' own questions."""
-        return [answer.said for answer in answers(self.model, self.ready(examples), self.processor.tokenizer, use=())]
+        return [
+            answer.said for answer in answers_to(self.model, self.ready(examples), self.processor.tokenizer, use=())
+        ]
 
 
 def the_mllm(cfg: Config, held: Whole) -> MLLM:
@@ -213,12 +205,6 @@ def open_examples(cfg: Config) -> Sequence[Example]:
     if examples := splits(cfg).get("public"):
         return examples
     raise ValueError("the stages at the server need open images, and there are none; raise dataset.public")
-
-
-def agreed(said: Sequence[str], truths: Sequence[str]) -> float:
-    """The share of answers that are the truth, case and outer space ignored."""
-    same = [a.strip().casefold() == b.strip().casefold() for a, b in zip(said, truths, strict=True)]
-    return sum(same) / len(same)
 
 
 class _NotesAt:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from fedmm import tree
+from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.llm.local import LocalLLM
@@ -178,6 +179,7 @@ def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64
     """The host's own LLM with no adapters in use: greedy answers."""
 
     def say(asked: Sequence[Example]) -> list[str]:
+        assert isinstance(model.edge, NanoEdge)
         items = encode(model.edge, prepare(asked, processor, prompt))  # an image of several prompts is encoded once
         found = answers(model, items, processor.tokenizer, use=(), batch_size=batch_size, max_tokens=max_tokens)
         return [answer.said for answer in found]
@@ -288,7 +290,8 @@ def oracle(model: Model, processor: Processor, prompt: str) -> Writer:
 
 def fingerprint(model: Model, processor: Processor, prompt: str) -> str:
     """A hash of all that the answers of the host's own LLM depend on, its adapters apart."""
-    assert isinstance(model.llm, LocalLLM) and model.edge.encoder is not None, "the host's own LLM, and its encoder"
+    assert isinstance(model.llm, LocalLLM) and isinstance(model.edge, NanoEdge), "the host's own LLM"
+    assert model.edge.encoder is not None, "and its encoder"
     adapters = {id(parameter) for parameter in model.edge.named().values()}
     modules = (model.edge.encoder, model.edge.connector, model.llm.decoder, model.llm.head)
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) not in adapters]

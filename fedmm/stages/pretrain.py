@@ -49,9 +49,7 @@ def weight(schedule: Schedule, step: int, steps: int, ramp: float) -> float:
     return place if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * place))
 
 
-def blend(
-    teacher_MPE: Float[Tensor, "M P E"], compact_MPE: Float[Tensor, "M P E"], w: float
-) -> Float[Tensor, "M P E"]:
+def blend(teacher_MPE: Float[Tensor, "M P E"], compact_MPE: Float[Tensor, "M P E"], w: float) -> Float[Tensor, "M P E"]:
     """The teacher's features at w = 0 and the compact encoder's at w = 1, each to the bit."""
     return (1 - w) * teacher_MPE + w * compact_MPE
 
@@ -69,8 +67,8 @@ def pretrain(
     model: Model,
     looks: Sequence[Look],
     notes: Notes,
-    *,
     seed: int,
+    *,
     steps: int = 400,
     batch_size: int = 64,
     lr: float = 2e-3,

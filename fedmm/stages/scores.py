@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.model import Model
 from fedmm.stages.captions import fingerprint, mend
@@ -63,48 +64,43 @@ def class_scores(
     return F.log_softmax(torch.tensor([found[key] for key in keys]).view(-1, len(names)), dim=-1)
 
 
-def labels(scores: Float[Tensor, "N C"]) -> Int[Tensor, " N"]:
-    """The class that the MLLM takes each image for."""
-    return scores.argmax(-1)
+def agreement(said: Sequence[str], truths: Sequence[str]) -> float:
+    """The share of answers that are the truth, case and outer space ignored; of an MLLM's, its zero-shot accuracy.
 
-
-def agreement(labels: Int[Tensor, " N"], truths: Sequence[str], names: Sequence[str]) -> float:
-    """The share of labels whose name is the truth, case and outer space ignored; a truth that is no name counts as not.
-
-    On a set whose truth is known it is the MLLM's zero-shot accuracy, which every alignment prints. Raises ValueError
-    without any.
+    Raises ValueError without any.
     """
-    if len(labels) != len(truths) or not len(truths):
-        raise ValueError(f"{len(labels)} labels for {len(truths)} truths; wanted as many, and at least one")
-    said = [names[label].strip().casefold() for label in labels.tolist()]
-    return sum(a == b.strip().casefold() for a, b in zip(said, truths, strict=True)) / len(truths)
+    if len(said) != len(truths) or not truths:
+        raise ValueError(f"{len(said)} answers for {len(truths)} truths; wanted as many, and at least one")
+    return sum(a.strip().casefold() == b.strip().casefold() for a, b in zip(said, truths, strict=True)) / len(truths)
 
 
-def balanced_set(classes: Sequence[int], num_classes: int, per_class: int, generator: torch.Generator) -> list[int]:
-    """Which open examples make a class-balanced set: `per_class` of each class without replacement, class by class.
+def balanced_set(
+    answers: Sequence[str], names: Sequence[str], per_class: int, held_out: int, generator: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """Which open examples to tune on, and which others to stop by: `per_class` and `held_out` of each class, drawn
+    without replacement, class by class.
 
-    `classes` are those of all open examples. A class with fewer gives all it has, and a warning says how many; one with
-    none raises ValueError.
+    `answers` are the classes of all open examples; of one that is not among `names` none is taken. A class with fewer
+    gives all it has, in the same shares, and a warning says how many. One with less than two raises ValueError.
     """
-    if odd := sorted({label for label in classes if not 0 <= label < num_classes}):
+    wanted, rows = (
+        per_class + held_out,
+        {name: [i for i, answer in enumerate(answers) if answer == name] for name in names},
+    )
+    if empty := [name for name, own in rows.items() if len(own) < 2]:
         raise ValueError(
-            f"class {odd[0]} is not from 0 to below {num_classes}; give as many names as there are classes"
+            f"of {len(answers)} open examples fewer than two are of class {', '.join(empty)}; raise "
+            "dataset.public, set align.labels to another source, or leave the classes out of classes=[...]"
         )
-    if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
-    rows: list[list[int]] = [[] for _ in range(num_classes)]
-    for i, label in enumerate(classes):
-        rows[label].append(i)
-    if empty := [label for label, own in enumerate(rows) if not own]:
-        raise ValueError(
-            f"no one of {len(classes)} open examples is of class {', '.join(map(str, empty))}; raise dataset.public, "
-            "take labels of another source, or leave classes out"
-        )
-    if short := {label: len(own) for label, own in enumerate(rows) if len(own) < per_class}:
-        log.warning(
-            "fewer than %d open examples of %d classes; all of them are taken: %s", per_class, len(short), short
-        )
-    return [own[i] for own in rows for i in torch.randperm(len(own), generator=generator)[:per_class].tolist()]
+    if short := {name: len(own) for name, own in rows.items() if len(own) < wanted}:
+        log.warning("fewer than %d open examples of %d classes; all of them are taken: %s", wanted, len(short), short)
+    chosen: tuple[list[int], list[int]] = [], []
+    for own in rows.values():
+        drawn = [own[i] for i in torch.randperm(len(own), generator=generator)[:wanted].tolist()]
+        aside = min(len(drawn) - 1, max(1, len(drawn) * held_out // wanted))
+        chosen[0].extend(drawn[aside:])
+        chosen[1].extend(drawn[:aside])
+    return chosen
 
 
 def _log_p(
@@ -112,6 +108,7 @@ def _log_p(
 ) -> Float[Tensor, "N C"]:
     """log p(name, stop | image, question), summed over tokens. An image is encoded once, its prompt read C times."""
     asked = [replace(example, answer=name) for example in examples for name in names]
+    assert isinstance(model.edge, NanoEdge)
     items = encode(model.edge, prepare(asked, processor, prompt))
     sums = []
     for start in range(0, len(items), batch_size):
