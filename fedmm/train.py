@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fedmm import seeds
-from fedmm.edge.prepare import Prepared, batches
+from fedmm.edge.prepare import Prepared, Sampling, batches
 from fedmm.model import Model
 from fedmm.types import Batch, State, Step
 
 Method = Callable[[Model, Batch, Step], Iterator[Tensor]]
+Begin = Callable[[Sequence[Prepared]], State]
 Schedule = Literal["constant", "cosine"]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -55,12 +56,15 @@ def train(
     schedule: Schedule = "constant",
     phase: tuple[int, int] | None = None,
     clip_norm: float | None = None,
+    begin: Begin | None = None,
+    sampling: Sampling | None = None,
 ) -> Trained:
     """Train the edge's unfrozen adapters for `epochs` over `items`, with a fresh optimiser.
 
     The order of batches is a function of (seed, round, client, epoch). `schedule` sets the rate of the whole round, by
-    its place in the run or in its `phase`; `clip_norm` bounds the norm of each gradient over all parameters. Raises
-    ValueError when a loss is not finite: training on would only spread it.
+    its place in the run or in its `phase`; `clip_norm` bounds the norm of each gradient over all parameters. What the
+    method's `begin` finds in the items is in `step.kept["begin"]` from the first step on; `sampling` draws the order of
+    an epoch. Raises ValueError when a loss is not finite: training on would only spread it.
     """
     began = time.perf_counter()
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
@@ -68,12 +72,12 @@ def train(
     for group in optimizer.param_groups:
         group["lr"] *= rate_share(schedule, *(phase or (round, rounds)))
     per_epoch = math.ceil(len(items) / batch_size)
-    kept: dict[str, State] = {}
+    kept: dict[str, State] = {} if begin is None else {"begin": begin(items)}
     losses: list[float] = []
     step = Step(round, rounds, 0, epochs * per_epoch, anchor, kept)
     for epoch in range(epochs):
         generator = seeds.generator(seed, f"batches/{epoch}", round, client)
-        for i, batch in enumerate(batches(items, batch_size, generator)):
+        for i, batch in enumerate(batches(items, batch_size, generator, sampling)):
             step = Step(round, rounds, epoch * per_epoch + i + 1, epochs * per_epoch, anchor, kept)
             for loss in method(model, batch, step):
                 if not torch.isfinite(loss):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from fedmm.edge import parts
 from fedmm.edge.prepare import batches, collate, encode, prepare
 from fedmm.edge.schema import fits
 from fedmm.losses import answer_cross_entropy
+from fedmm.methods.balanced import balanced_softmax, counts, logit_adjustment
 from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
+from fedmm.methods.sampling import class_balanced
 from fedmm.model import Model
 from fedmm.runs import config
 from fedmm.train import rate_share, train
-from fedmm.types import Step
+from fedmm.types import IGNORE, Step
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5)
 
@@ -178,6 +182,134 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_knob(llava, local_llm)
         trained(llava, local_llm, broken)
 
 
+# ---- long tails ---------------------------------------------------------------------------------------------------
+
+
+class Said:
+    """A model of three classes that says what it is given, and items and batches to go with it."""
+
+    def __init__(self, logits: list[list[float]], truth: list[int]) -> None:
+        self.logits_BAV = torch.tensor(logits, dtype=torch.float32)[:, None].requires_grad_()
+        self.batch = SimpleNamespace(labels_BA=torch.tensor(truth)[:, None])
+
+    def __call__(self, batch, use):
+        return self.logits_BAV
+
+
+def answered(*answers: list[int]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(answer=torch.tensor(a, dtype=torch.int32), truth=str(a)) for a in answers]
+
+
+def step_with(*answers: list[int]) -> Step:
+    return Step(1, 1, 1, 1, {}, {"begin": counts(answered(*answers))})
+
+
+def test_counts_are_by_place():
+    found = counts(answered([0, 3], [0, 3], [2, 3], [1, 1, 3]))["answers"]
+    assert found.tolist() == [[2, 1, 1, 0], [0, 1, 0, 3], [0, 0, 0, 1]]
+
+
+def test_balanced_softmax_by_hand():
+    """Logits 0: what is left are the counts 6, 3, 1. And with other logits, e^z n / sum e^z n."""
+    step = step_with(*6 * [[0]], *3 * [[1]], [2])
+    (loss,) = balanced_softmax(model := Said([[0, 0, 0]], [2]), model.batch, step)
+    assert loss.item() == pytest.approx(math.log(10))
+    (loss,) = balanced_softmax(model := Said([[math.log(2), 0, math.log(5)]], [1]), model.batch, step)
+    assert loss.item() == pytest.approx(-math.log(3 / (12 + 3 + 5)))
+    loss.backward()
+    assert model.logits_BAV.grad.flatten().tolist() == pytest.approx([0.6, 0.15 - 1, 0.25])
+
+
+def test_alike_counts_change_nothing():
+    step, logits, truth = step_with([0], [1], [2]), [[0.3, -1.0, 2.0], [1.0, 0.0, 0.5]], [0, 2]
+    plain = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(truth))
+    for method in (balanced_softmax, logit_adjustment, functools.partial(logit_adjustment, tau=3.0)):
+        (loss,) = method(model := Said(logits, truth), model.batch, step)
+        torch.testing.assert_close(loss, plain)
+
+
+def test_a_class_that_a_client_lacks_gets_no_gradient_from_balanced_softmax_and_some_from_logit_adjustment():
+    """Three classes of logits, of which the client's two answers name two: the third has a count of 0, log 0."""
+    step, logits = step_with([0], [0], [1]), [[0.0, 0.0, 50.0]]
+    (loss,) = balanced_softmax(model := Said(logits, [1]), model.batch, step)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(3)), "however loud the absent class is"
+    assert model.logits_BAV.grad.flatten().tolist() == pytest.approx([2 / 3, -2 / 3, 0])
+    (loss,) = logit_adjustment(model := Said([[0.0, 0.0, 0.0]], [1]), model.batch, step)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(2 / 6)), "counts 3, 2 and 1 of 6"
+    assert model.logits_BAV.grad.flatten().tolist() == pytest.approx([3 / 6, 2 / 6 - 1, 1 / 6])
+
+
+def test_logit_adjustment_without_smoothing_is_balanced_softmax_and_tau_is_a_power():
+    step, logits = step_with(*8 * [[0]], *2 * [[1]]), [[0.7, -0.2, 3.0]]
+    (plain,) = balanced_softmax(model := Said(logits, [1]), model.batch, step)
+    (same,) = logit_adjustment(model := Said(logits, [1]), model.batch, step, smoothing=0.0)
+    torch.testing.assert_close(same, plain)
+    same.backward()
+    assert torch.isfinite(model.logits_BAV.grad).all()
+    (squared,) = logit_adjustment(model := Said([[0, 0, 0]], [1]), model.batch, step, smoothing=0.0, tau=2.0)
+    assert squared.item() == pytest.approx(-math.log(4 / (64 + 4)))
+    for options in ({"smoothing": -1.0}, {"tau": 0.0}):
+        with pytest.raises(ValueError, match=r"set method.step.tau above 0 .*smoothing to 0 or more"):
+            next(logit_adjustment(model, model.batch, step, **options))
+
+
+def test_padded_places_count_nothing():
+    """A batch of a short and a long answer: of the short one's second place nothing is asked."""
+    step = step_with([0], [0], [1, 2])
+    labels = torch.tensor([[0, IGNORE], [1, 2]])
+    logits = torch.zeros(2, 2, 3, requires_grad=True)
+    (loss,) = balanced_softmax(lambda batch, use: logits, SimpleNamespace(labels_BA=labels), step)
+    assert loss.item() == pytest.approx((math.log(3 / 2) + math.log(3) + 0) / 3)
+    loss.backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_what_begin_found_is_there_before_the_first_step(llava, local_llm):
+    seen = []
+
+    def looking(model, batch, step):
+        seen.append((step.step, step.kept["begin"]["answers"]))
+        yield from lora(model, batch, step)
+
+    trained(llava, local_llm, looking, begin=counts)
+    _, items = started(llava, local_llm)
+    assert seen[0][0] == 1 and all(found is seen[0][1] for _, found in seen)
+    assert seen[0][1].equal(counts(items)["answers"]) and seen[0][1][0].sum() == len(items)
+
+
+def test_each_class_is_drawn_as_often_whatever_its_size():
+    items = answered(*90 * [[0]], *9 * [[1]], [2])
+    drawn = [i for seed in range(60) for i in class_balanced(items, torch.Generator().manual_seed(seed))]
+    assert len(drawn) == 60 * 100
+    shares = torch.bincount(torch.tensor([int(items[i].answer) for i in drawn])) / len(drawn)
+    assert (shares - 1 / 3).abs().max() < 0.03  # five standard deviations
+    within = torch.bincount(torch.tensor(drawn), minlength=100)[90:99]
+    assert within.max() < 1.4 * within.min(), "and those of a class alike"
+    assert class_balanced(items, torch.Generator().manual_seed(1)) == class_balanced(
+        items, torch.Generator().manual_seed(1)
+    )
+
+
+def test_sampling_orders_every_epoch_by_the_same_stream(llava, local_llm):
+    """The loop draws with the generator of its batches, so that nothing else moves; without, it is as it was."""
+    asked = []
+
+    def backwards(items, generator):
+        asked.append(torch.randperm(3, generator=generator).tolist())
+        return [len(items) - 1] * len(items)
+
+    def ids(model, batch, step):
+        seen.extend(batch.ids)
+        yield from lora(model, batch, step)
+
+    seen: list[str] = []
+    trained(llava, local_llm, ids, sampling=backwards)
+    assert seen == ["train/9"] * 20
+    assert asked == [torch.randperm(3, generator=seeds.generator(0, f"batches/{e}", 1, 0)).tolist() for e in (0, 1)]
+
+
 @pytest.mark.parametrize("name", config.options("method"))
 def test_every_method_trains_what_it_says(llava, local_llm, name):
     """Over every yaml: the sets named are there, training moves them, and the Fisher has the state's shapes."""
@@ -200,6 +332,7 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
         round=2,
         rounds=2,
         client=0,
+        begin=config.make(cfg.method.begin),
     )
     for one in cfg.method.sets:
         moved = {key for key, tensor in built.state(one).items() if not torch.equal(before[one][key], tensor)}

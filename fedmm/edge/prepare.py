@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Sampling = Callable[[Sequence["Prepared"], torch.Generator], list[int]]
+"""The order of one epoch, by index."""
+
+
 @dataclass(frozen=True)
 class Processor:
     """A LLaVA's processor. Its half for images is loaded when it sees one: importing that takes a second and 60 MB.
@@ -155,9 +159,11 @@ def collate(items: Sequence[Prepared], *, answers: bool = True) -> Batch:
     )
 
 
-def batches(items: Sequence[Prepared], size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """One epoch in an order drawn from `generator`; the last batch may be smaller."""
-    order = torch.randperm(len(items), generator=generator).tolist()
+def batches(
+    items: Sequence[Prepared], size: int, generator: torch.Generator, sampling: Sampling | None = None
+) -> Iterator[Batch]:
+    """One epoch in an order drawn from `generator`, each item once or as `sampling` says; the last may be smaller."""
+    order = sampling(items, generator) if sampling else torch.randperm(len(items), generator=generator).tolist()
     for start in range(0, len(order), size):
         yield collate([items[i] for i in order[start : start + size]])
 

@@ -232,6 +232,8 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
         schedule="cosine" if cfg.schedule == "cosine" else "constant",
         phase=schema(order.round, cfg.rounds).phase,
         clip_norm=cfg.clip_norm,
+        begin=make(cfg.method.begin),
+        sampling=make(cfg.sampling or None),
     )
     began = time.perf_counter()
     fisher = make(cfg.method.fisher)

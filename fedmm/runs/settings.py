@@ -14,6 +14,7 @@ class MethodConfig:
     sets: list[str] = field(default_factory=lambda: ["shared"])
     use: list[str] = field(default_factory=lambda: ["shared"])
     step: Any = None
+    begin: Any = None  # looks at the client's items before the first step; what it finds is in step.kept
     fisher: Any = None
     begin: Any = None  # before the first step: what the method wants to know of all of the client's examples
     retrained: bool = False  # head=classes: a second head, which the server trains and which answers
@@ -142,6 +143,7 @@ class Config:
     captions: Any = None  # what an MLLM writes about open images for `pretrain`
     align: AlignConfig = field(default_factory=AlignConfig)
     edge: EdgeConfig = field(default_factory=EdgeConfig)
+    sampling: Any = None  # the order in which a client sees its examples in an epoch; null: each once, shuffled
     link: LinkConfig = field(default_factory=LinkConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
