@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import decimal
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedmm.data import glyphs, partition, scenes
+from fedmm.data.long_tail import long_tail, long_tail_counts
 from fedmm.types import Example
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -353,7 +357,7 @@ ALL = {
     "iid": partition.iid,
     "dirichlet": partition.dirichlet,
     "by_label": lambda *args: partition.by_label(*args, by="kind", share=True),
-    "long_tail": lambda *args: partition.long_tail(*args, by="kind", imbalance=4),
+    "equal": lambda *args: partition.equal(*args, by="kind"),
 }
 
 
@@ -364,9 +368,7 @@ def test_every_index_once_and_every_client_served(name, clients):
     parts = ALL[name](examples, clients, seeded())
     dealt = [index for part in parts for index in part]
     assert len(parts) == clients and all(parts)
-    assert len(set(dealt)) == len(dealt)
-    if name != "long_tail":
-        assert sorted(dealt) == list(range(len(examples)))
+    assert sorted(dealt) == list(range(len(examples)))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -379,12 +381,12 @@ def test_only_the_given_generator_matters(name):
     assert ALL[name](examples, 3, seeded(6)) != first
 
 
-@pytest.mark.parametrize("name", ["dirichlet", "long_tail"])
+@pytest.mark.parametrize("name", ["dirichlet", "equal"])
 def test_splits_follow_one_law(name):
     """Equal seeds, other sizes: a client's mix of labels is the same to rounding; with another seed it is not."""
     sizes = ({"a": 3000, "b": 3000, "c": 3000}, {"a": 300, "b": 300, "c": 300})
     large, small = (_mix(ALL[name](many(size), 4, seeded(3)), many(size)) for size in sizes)
-    other = _mix(ALL[name](many(sizes[1]), 4, seeded(4)), many(sizes[1]))
+    other = _mix(ALL[name](many(sizes[1]), 4, seeded(5)), many(sizes[1]))
     assert np.abs(large - small).max() < 0.05
     assert np.abs(large - other).max() > 0.2
 
@@ -437,22 +439,42 @@ def test_more_clients_than_values_are_refused_with_the_knobs():
         partition.by_label(scenes.scenes(train=9, validation=0, test=0)["train"], 2, seeded())
 
 
-def test_long_tail_counts_by_hand():
-    """100 IF^(-c/2) with IF 100: 100, 10, 1; a class with fewer keeps all it has."""
-    assert partition.long_tail_counts([100, 100, 100], 100) == [100, 10, 1]
-    assert partition.long_tail_counts([100, 7, 100], 100) == [100, 7, 1]
-    assert partition.long_tail_counts([5000] * 10, 100)[:3] == [5000, 2997, 1796]  # CIFAR-10-LT's published counts
-    assert partition.long_tail_counts([40], 50) == [40]
-
-
 @pytest.mark.parametrize("alpha", [0.1, 0.5, None])
-def test_long_tail_clients_are_equal_and_the_head_is_the_smallest_number(alpha):
-    values = {"10": 90, "2": 90, "0": 90}
-    examples = many(values)
-    parts = partition.long_tail(examples, 4, seeded(), by="kind", imbalance=9, alpha=alpha)
-    kept = Counter(examples[i].labels["kind"] for part in parts for i in part)
-    assert kept == {"0": 90, "2": 30, "10": 10}
-    assert sorted(map(len, parts)) == [32, 32, 33, 33]
+def test_equal_clients_are_equal_and_use_everything_up(alpha):
+    examples = many({"0": 90, "2": 30, "10": 11})
+    parts = partition.equal(examples, 4, seeded(), by="kind", alpha=alpha)
+    assert sorted(map(len, parts)) == [32, 33, 33, 33]
+    assert sorted(index for part in parts for index in part) == list(range(131))
+    if alpha is None:
+        mix = [Counter(examples[i].labels["kind"] for i in part) for part in parts]
+        assert all(22 <= row["0"] <= 23 and 7 <= row["2"] <= 8 and 2 <= row["10"] <= 4 for row in mix)
+
+
+def test_a_client_without_a_share_of_a_rare_class_gets_none_of_it():
+    """Ten examples at two of twenty clients: whole numbers must not spread them over whoever has room."""
+    mix = np.ones((20, 3))
+    mix[:, 2] = 0
+    mix[3:5] = [0.1, 0.1, 0.8]
+    shares = partition._even(mix, [500, 140, 10])
+    assert shares.sum(0).tolist() == [500, 140, 10] and set(shares.sum(1)) == {32, 33}
+    assert shares[3:5, 2].tolist() == [5, 5]
+
+
+def test_a_balanced_test_split_beside_a_long_tail_follows_the_same_law():
+    """Its shares cannot be the train split's; whoever has more of a class there than others has more of it here."""
+    counts = dict(zip("abcdefghij", long_tail_counts(10, 500, 10), strict=True))
+    kinds, mixes = list(counts), []
+    for split in (counts, dict.fromkeys(counts, 100)):
+        examples = many(split)
+        parts = partition.equal(examples, 20, seeded(3), by="kind")
+        assert len({len(part) for part in parts}) <= 2 and sum(map(len, parts)) == len(examples)
+        rows = [Counter(examples[i].labels["kind"] for i in part) for part in parts]
+        mixes.append(np.array([[row[kind] / split[kind] for kind in kinds] for row in rows]))
+    assert np.corrcoef(mixes[0].ravel(), mixes[1].ravel())[0, 1] > 0.8
+    other = partition.equal(many(dict.fromkeys(counts, 100)), 20, seeded(4), by="kind")
+    rows = [Counter(kinds[i // 100] for i in part) for part in other]
+    mixes.append(np.array([[row[kind] / 100 for kind in kinds] for row in rows]))
+    assert np.corrcoef(mixes[0].ravel(), mixes[2].ravel())[0, 1] < 0.3
 
 
 def test_too_few_examples_are_reported_with_the_knob():
@@ -466,10 +488,101 @@ def test_too_few_examples_are_reported_with_the_knob():
         partition.dirichlet(few, 5, seeded())
     with pytest.raises(ValueError, match=r"groups by 'style', but example train/0 has only kind; set partition.by"):
         partition.by_label(few, 2, seeded(), by="style")
-    with pytest.raises(ValueError, match=r"set partition.imbalance to 1 or more"):
-        partition.long_tail(few, 2, seeded(), by="kind", imbalance=0.5)
+    with pytest.raises(ValueError, match=r"partition=equal has alpha=-1; set partition.alpha above 0 or to null"):
+        partition.equal(few, 2, seeded(), by="kind", alpha=-1)
     with pytest.raises(ValueError, match=r"alpha=0; set partition.alpha above 0"):
         partition.dirichlet(few, 2, seeded(), alpha=0)
+
+
+# --- long tails -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imbalance", [10, 50, 100, 12.5])
+@pytest.mark.parametrize(("classes", "largest"), [(10, 5000), (100, 500), (3, 100), (1000, 1280)])
+def test_counts_are_the_formulas_to_the_last_whole_number(classes, largest, imbalance):
+    """Against decimals of 60 digits, and at the ends against the division itself."""
+    counts = long_tail_counts(classes, largest, imbalance)
+    with decimal.localcontext(prec=60):
+        share = decimal.Decimal(str(imbalance))
+        exact = [largest * share ** (decimal.Decimal(-c) / (classes - 1)) for c in range(classes)]
+        assert counts == [int(x + decimal.Decimal("1e-40")) for x in exact]
+    assert counts[0] == largest and counts[-1] == int(largest / imbalance)
+
+
+def test_counts_by_hand():
+    assert long_tail_counts(3, 100, 100) == [100, 10, 1]
+    assert long_tail_counts(10, 5000, 100)[:3] == [5000, 2997, 1796]  # CIFAR-10-LT's published counts
+    assert long_tail_counts(10, 500, 10)[-1] == 50 and long_tail_counts(1, 40, 50) == [40]
+    assert long_tail_counts(7, 320, 64) == [320, 160, 80, 40, 20, 10, 5]
+    assert int(320 * 64 ** (-5 / 6)) == 9, "what a float makes of the 10"
+
+
+def tailed(counts: dict[str, int], **options) -> dict:
+    test = many({"0": 5, "2": 5, "10": 5})
+    return long_tail(of=lambda: {"train": many(counts), "test": test, "public": ()}, by="kind", **options)
+
+
+def test_only_train_is_thinned_and_the_head_is_the_smallest_number():
+    made = tailed({"10": 95, "2": 90, "0": 100}, imbalance=9)
+    assert Counter(e.labels["kind"] for e in made["train"]) == {"0": 90, "2": 30, "10": 10}
+    assert len(made["test"]) == 15 and made["public"] == ()
+    assert Counter(e.labels["kind"] for e in tailed({"10": 9, "2": 30, "0": 80}, imbalance=9, largest=80)["train"]) == {
+        "0": 80, "2": 26, "10": 8,
+    }  # fmt: skip
+
+
+def test_which_ones_stay_is_the_seeds_and_a_longer_tail_keeps_some_of_the_same():
+    def ids(seed: int, imbalance: float) -> set[str]:
+        return {e.id for e in tailed({"0": 60, "2": 60, "10": 60}, imbalance=imbalance, seed=seed)["train"]}
+
+    assert ids(0, 9) == ids(0, 9) != ids(1, 9)
+    assert ids(0, 36) < ids(0, 4)
+
+
+def test_a_tail_that_cannot_be_is_refused_with_the_knob():
+    says = r"wants 26 of kind '2' in train, which has 20; lower dataset.largest=80 or set it to null for 9"
+    with pytest.raises(ValueError, match=says):
+        tailed({"10": 9, "2": 20, "0": 80}, imbalance=9, largest=80)
+    with pytest.raises(ValueError, match=r"imbalance=0.5, .*set dataset.imbalance to 1 or more"):
+        tailed({"0": 9}, imbalance=0.5)
+    with pytest.raises(ValueError, match=r"largest=0 and 9 examples.*dataset.largest to 1 or more or null"):
+        tailed({"0": 9}, imbalance=2, largest=0)
+    with pytest.raises(ValueError, match=r"long_tail groups by 'class', but .* has only kind; set dataset.by to"):
+        long_tail(of=lambda: {"train": many({"0": 9})}, imbalance=2)
+
+
+def test_a_tail_asks_for_no_image():
+    class Unseen(Sequence):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            assert not forbidden, "an image was decoded"
+            return Image.new("RGB", (1, 1))
+
+    forbidden = False  # the shapes' checker looks at what examples are made of
+    examples = [replace(e, images=Unseen()) for e in many({"0": 12, "1": 12})]
+    forbidden = True
+    made = long_tail(of=lambda: {"train": examples}, imbalance=4, by="kind")["train"]
+    assert len(made) == 15 and [e.labels["kind"] for e in made[:2]] == ["0", "0"]
+    assert len(partition.equal(made, 3, seeded(), by="kind")) == 3
+
+
+def test_digits_in_even_shares_are_digits_the_question_is_about():
+    options = {"kinds": ("colour",), "layouts": ("one",), "even": True, "vocabulary": "english", "styles": ("plain",)}
+    made = scenes.scenes(train=200, validation=0, test=100, public=50, public_layouts=("one",), **options)
+    for split, each in (("train", 20), ("test", 10), ("public", 5)):
+        assert Counter(e.answer for e in made[split]) == {str(digit): each for digit in range(10)}
+        assert all(e.labels["digit"] == e.answer and e.labels["layout"] == "one" for e in made[split])
+    with pytest.raises(ValueError, match=r"dataset.even=true deals out single digits, but scenes have up to 3; set"):
+        scenes.scenes(train=5, even=True)
+
+
+def test_public_scenes_may_be_asked_and_laid_out_apart():
+    made = scenes.scenes(train=10, validation=0, test=0, public=30, public_kinds=("name",), public_layouts=("one",))
+    assert {(e.labels["kind"], e.labels["layout"]) for e in made["public"]} == {("name", "one")}
+    same = scenes.scenes(train=10, validation=0, test=0, public=30)
+    assert [e.images[0].tobytes() for e in made["train"]] == [e.images[0].tobytes() for e in same["train"]]
 
 
 # --- the yaml of both groups ----------------------------------------------------------------------------------------

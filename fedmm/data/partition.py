@@ -4,7 +4,7 @@ All draw the law (the shares of each label at each client) first, from the gener
 only then do they look at how many examples there are. Called with a generator of the same seed, the train, validation
 and test splits of a dataset therefore follow the same law, and a client is tested on what it trained on, as long as
 every split holds every label value.
-Every index is used at most once, and exactly once where nothing is dropped on purpose.
+Every index is used exactly once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from fedmm.data.views import by_value
 from fedmm.types import Example
 
 Parts = list[list[int]]
@@ -86,46 +87,33 @@ def by_label(
     return _checked("by_label", parts, examples)
 
 
-def long_tail(
+def equal(
     examples: Sequence[Example],
     num_clients: int,
     generator: torch.Generator,
     *,
-    by: str = "digit",
-    imbalance: float = 50.0,  # IF, head over tail; the protocol's values are 10, 50 and 100
-    alpha: float | None = 0.5,  # classes over clients; none deals them out evenly
+    by: str = "answer",  # the classes; of long tails the answer is the class
+    alpha: float | None = 0.5,  # MLLM-FL's and the common protocol's; None: every client has everybody's mix
 ) -> Parts:
-    """A long tail over the label's values, then clients of equal size.
+    """Clients of one size, give or take one, whose classes differ.
 
-        n_c = int(n_0 IF^(-c / (C - 1))),   c = 0 .. C - 1 in sorted order, numbers as numbers
-
-    n_0 is the number of examples of the first value. A value that has fewer than n_c keeps all; of the others a fixed
-    random n_c are kept. The mix of classes at each client is drawn from Dir(alpha) and then scaled, rows and columns in
-    turn, until clients are equal and classes used up.
-    Source: Cao et al. 2019 for the counts; MLLM-FL 2024 for imbalance, alpha and equal sizes.
+    The mix of classes at each client is drawn from Dir(alpha), and then scaled, rows and columns in turn, until clients
+    are equal and classes used up. Of a split whose classes come in other shares, as a balanced test split beside a long
+    tail, clients get what is nearest to the same mix: its odds, scaled to that split's shares.
+    Source: MLLM-FL 2024 for alpha and equal sizes; the scaling is Sinkhorn & Knopp 1967.
     """
-    rng, groups = _rng(generator), _groups("long_tail", examples, by)
-    if imbalance < 1 or (alpha is not None and alpha <= 0):
-        raise ValueError(
-            f"partition=long_tail has imbalance={imbalance}, alpha={alpha}; set partition.imbalance to 1 or more and "
-            "partition.alpha above 0 or to null"
-        )
+    rng, groups = _rng(generator), _groups("equal", examples, by)
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"partition=equal has alpha={alpha}; set partition.alpha above 0 or to null")
     mix_KC = rng.dirichlet([alpha] * len(groups), size=num_clients) if alpha else np.ones((num_clients, len(groups)))
-    counts = long_tail_counts([len(members) for members in groups.values()], imbalance)
-    kept = [rng.permutation(members)[:count] for members, count in zip(groups.values(), counts, strict=True)]
-    shares_KC = _even(mix_KC, counts)
+    shares_KC = _even(mix_KC, [len(members) for members in groups.values()])
     parts: Parts = [[] for _ in range(num_clients)]
-    for label, members in enumerate(kept):
-        for part, some in zip(parts, np.split(members, np.cumsum(shares_KC[:, label])[:-1]), strict=True):
+    for label, members in enumerate(groups.values()):
+        for part, some in zip(
+            parts, np.split(rng.permutation(members), np.cumsum(shares_KC[:, label])[:-1]), strict=True
+        ):
             part.extend(some.tolist())
-    return _checked("long_tail", parts, examples)
-
-
-def long_tail_counts(available: Sequence[int], imbalance: float) -> list[int]:
-    """How many of each class to keep, the first class whole: int(n_0 IF^(-c/(C-1))), never more than there are."""
-    last = max(1, len(available) - 1)
-    wanted = [int(available[0] * imbalance ** (-c / last)) for c in range(len(available))]
-    return [min(pair) for pair in zip(wanted, available, strict=True)]
+    return _checked("equal", parts, examples)
 
 
 def _rng(generator: torch.Generator) -> np.random.Generator:
@@ -134,25 +122,7 @@ def _rng(generator: torch.Generator) -> np.random.Generator:
 
 
 def _groups(partition: str, examples: Sequence[Example], by: str) -> dict[str, list[int]]:
-    """Indices by label value, values sorted: numbers as numbers, before words."""
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        if by not in example.labels:
-            raise ValueError(
-                f"partition={partition} groups by {by!r}, but example {example.id} has only "
-                f"{', '.join(sorted(example.labels)) or 'no labels'}; set partition.by to one of these"
-            )
-        groups.setdefault(example.labels[by], []).append(index)
-    return {value: groups[value] for value in sorted(groups, key=_rank)}
-
-
-def answers_of(examples: Sequence[Example]) -> list[str]:
-    """The answers there are, numbers as numbers, before words."""
-    return sorted({example.answer for example in examples}, key=_rank)
-
-
-def _rank(value: str) -> tuple[bool, int, str]:
-    return not value.isdigit(), int(value) if value.isdigit() else 0, value
+    return by_value(examples, by, f"partition={partition}", "partition.by")
 
 
 def _levelled(parts: Parts, least: int, rng: np.random.Generator) -> Parts:
@@ -176,9 +146,18 @@ def _even(mix_KC: Float[np.ndarray, "K C"], counts: Sequence[int]) -> Int[np.nda
     for label, count in enumerate(counts):  # columns are met to rounding only, so a floor can be one too many
         while whole[:, label].sum() > count:
             whole[whole[:, label].argmax(), label] -= 1
-    for label, count in enumerate(counts):
-        for _ in range(count - int(whole[:, label].sum())):
-            whole[int(np.argmax(sizes - whole.sum(1))), label] += 1
+    row_room, column_room = sizes - whole.sum(1), np.array(counts) - whole.sum(0)
+    for cell in np.argsort((whole - shares).ravel(), kind="stable"):  # by what was cut off: a client without a share
+        client, label = divmod(int(cell), len(counts))  # of a rare class gets none of it
+        if row_room[client] > 0 and column_room[label] > 0:
+            whole[client, label] += 1
+            row_room[client] -= 1
+            column_room[label] -= 1
+    while row_room.any():  # the last few, wherever there is room
+        client, label = int(row_room.argmax()), int(column_room.argmax())
+        whole[client, label] += 1
+        row_room[client] -= 1
+        column_room[label] -= 1
     return whole
 
 

@@ -178,13 +178,16 @@ def scenes(
     kinds: Sequence[str] = KINDS,
     kept: Sequence[str] = KEPT,
     layouts: Sequence[str] = ("taught",),
+    public_kinds: Sequence[str] | None = None,
+    public_layouts: Sequence[str] = ("taught",),
+    even: bool = False,
 ) -> dict[str, Sequence[Example]]:
     """Handwritten scenes for the clients and, where wanted, open ones for anybody.
 
     Styles and layouts come in even shares, independent of each other, and so do the kinds within a layout, which are
-    those of `kinds` that it can be asked. Public scenes are laid out as taught. `vocabulary` overrides that of every
-    site; `kept` are the model's words that every vocabulary keeps: the fewer, the less the model understands before it
-    is tuned.
+    those of `kinds` that it can be asked. `public_kinds` (None: `kinds`) and `public_layouts` say the same of public
+    scenes. `vocabulary` overrides that of every site; `kept` are the model's words that every vocabulary keeps: the
+    fewer, the less the model understands before it is tuned. `even`: of scenes of one digit, each digit as often.
     Splits share no glyph and are drawn apart: the size of one changes nothing in another.
     """
     sizes = {"train": train, "validation": validation, "test": test}
@@ -199,13 +202,16 @@ def scenes(
             kinds,
             kept,
             layouts,
+            even,
         )
         for stream, (name, size) in enumerate(sizes.items())
     }
     rng = np.random.default_rng([seed, len(sizes)])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, generator)
-    return {**made, "public": compose("public", rng, public, bank, ("plain",), "english", kinds)}
+    asked = kinds if public_kinds is None else public_kinds
+    shown = compose("public", rng, public, bank, ("plain",), "english", asked, layouts=public_layouts, even=even)
+    return {**made, "public": shown}
 
 
 def compose(
@@ -218,6 +224,7 @@ def compose(
     kinds: Sequence[str] = KINDS,
     kept: Sequence[str] = KEPT,
     layouts: Sequence[str] = ("taught",),
+    even: bool = False,
 ) -> list[Example]:
     """`count` scenes made of `glyphs`; ids are `prefix/000000` and on."""
     _known("styles", styles, SITES)
@@ -227,7 +234,7 @@ def compose(
     _known("layouts", layouts, LAYOUTS)
     if not count:
         return []
-    plan = plan_scenes(rng, count, glyphs, styles, kinds, layouts)
+    plan = plan_scenes(rng, count, glyphs, styles, kinds, layouts, even)
     pictures = pictures_of(rng, plan, glyphs)
     examples = []
     for row in range(count):
@@ -286,6 +293,7 @@ def plan_scenes(
     styles: Sequence[str],
     kinds: Sequence[str],
     layouts: Sequence[str] = ("taught",),
+    even: bool = False,
 ) -> Plan:
     """What is in `count` scenes, and what is asked about them."""
     deck = _deck(layouts, kinds)
@@ -294,7 +302,15 @@ def plan_scenes(
     fewest, most = np.array([LAYOUTS[name].digits[asked] for name, asked in zip(layout, kind, strict=True)]).T
     shown = rng.integers(fewest, most + 1)
     slots = max(_TAUGHT_SLOTS, *(LAYOUTS[name].digits[asked][1] for name, asked in deck))  # others would draw anew
-    digits = rng.random((count, 10)).argsort(1)[:, :slots]
+    keys = rng.random((count, 10))
+    if even:
+        if most.max() > 1:
+            raise ValueError(
+                f"dataset.even=true deals out single digits, but scenes have up to {most.max()}; set dataset.layouts "
+                "(dataset.public_layouts) to [one], or dataset.even=false"
+            )
+        keys[np.arange(count), rng.permutation(count) % 10] = -1  # comes first, which is the one that is shown
+    digits = keys.argsort(1)[:, :slots]
     order = np.argsort(glyphs.digits_N, kind="stable")
     many = np.bincount(glyphs.digits_N, minlength=10)
     picks = order[(np.cumsum(many) - many)[digits] + rng.integers(many[digits])]

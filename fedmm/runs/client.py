@@ -8,7 +8,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from fedmm import tree
 from fedmm.codecs import Codecs
+from fedmm.data.views import Some
 from fedmm.edge import schema as schemas
 from fedmm.edge.folding import unfolded
 from fedmm.edge.prepare import Prepared
@@ -43,7 +43,7 @@ from fedmm.runs.build import (
 from fedmm.runs.config import kept, load, make, scale
 from fedmm.runs.settings import Config
 from fedmm.train import train
-from fedmm.types import Example, State, Update
+from fedmm.types import State, Update
 
 
 @dataclass(frozen=True)
@@ -273,21 +273,7 @@ def _parts(session: Session, digest: str) -> home.Mapped:
 
 def _items(cfg: Config, built: Built, split: str, part: int) -> list[Prepared]:
     """One part of a split, made ready for the edge."""
-    return built.ready(_Some(splits(cfg)[split], partition(cfg, split)[part]))
-
-
-@dataclass(frozen=True)
-class _Some(Sequence[Example]):
-    """Some examples of a split, asked for one by one: a dataset may decode its images only then."""
-
-    split: Sequence[Example]
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.split[self.indices[i]]
+    return built.ready(Some(splits(cfg)[split], partition(cfg, split)[part]))
 
 
 def _answers(cfg: Config, built: Built, items: list[Prepared]) -> list[Answer]:
