@@ -131,7 +131,7 @@ def _compare(dirs: list[Path], against: str | None, into: Path | None) -> int:
     asked = ["--against", against] if against else []
     try:
         rows = evidence.rows(results.runs_of(dirs))
-        print(evidence.markdown(rows, evidence.columns(evidence.against(rows, against))))
+        print(evidence.markdown(rows, evidence.columns(evidence.against(rows, against), rows)))
         if into:
             print(results.write(into, rows, against, shlex.join(["fedmm", "compare", *map(str, dirs), *asked]), dirs))
     except ValueError as error:

@@ -208,3 +208,31 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(asked, knob):
     assert any(knob in mistake for mistake in check(compose(asked)))
+
+
+@pytest.mark.parametrize("by", ["halves", "[100]", "[20,100]", "[100,x]", "[100,20,1]", "3", "true"])
+def test_groups_are_thirds_or_two_counts(by):
+    with pytest.raises(ConfigError, match=r"evaluate.groups must be null, thirds, or two counts such as \[100,20\]"):
+        load([f"evaluate.groups={by}"])
+
+
+@pytest.mark.parametrize("by", ["null", "thirds", "[100,20]", "[5,5]"])
+def test_groups_that_can_be(by):
+    assert load([f"evaluate.groups={by}"])
+
+
+def test_groups_need_the_servers_eyes():
+    with pytest.raises(ConfigError) as caught:
+        load(["evaluate.groups=thirds", "run.has_data=false", "evaluate.predictions=false"])
+    assert "evaluate.groups=thirds needs run.has_data=true" in str(caught.value)
+    assert "evaluate.groups=thirds needs evaluate.predictions=true" in str(caught.value)
+    assert load(["scenario=long_tail", "run.has_data=false", "evaluate.groups=null"])
+
+
+def test_an_arm_brings_its_sampling_and_takes_it_along():
+    asked = ["arm=class_balanced", "compare=[fedavg]"]
+    main, other = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
+    assert main.sampling["_target_"].endswith("class_balanced") and not other.sampling
+    asked = ["arm=fedavg", "compare=[class_balanced]"]
+    main, other = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
+    assert other.sampling["_target_"].endswith("class_balanced") and not main.sampling

@@ -39,9 +39,13 @@ def runs(tmp_path) -> list[Path]:
 
 
 def cell(rows: list[evidence.Row], label: str, heading: str, against: str = "FedAvg") -> str:
-    shown = evidence.columns(against)
+    shown = evidence.columns(against, rows)
     at = [column.heading for column in shown].index(heading)
     return next(line for line in evidence.cells(rows, shown) if line[0] == label)[at]
+
+
+def page(rows: list[evidence.Row]) -> str:
+    return evidence.markdown(rows, evidence.columns("FedAvg", rows))
 
 
 def test_figures_by_hand(runs):
@@ -64,9 +68,9 @@ def test_figures_by_hand(runs):
 
 
 def test_one_seed_is_marked(runs):
-    text = evidence.markdown(evidence.rows(runs[:2]), evidence.columns("FedAvg"))
+    text = page(evidence.rows(runs[:2]))
     assert "| 1 ¹ |" in text and "¹ one seed" in text and "±" not in text
-    assert "¹" not in evidence.markdown(evidence.rows(runs), evidence.columns("FedAvg"))
+    assert "¹" not in page(evidence.rows(runs))
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
@@ -84,7 +88,7 @@ def test_a_run_that_scored_nobody_is_no_zero(runs, tmp_path):
 def test_kinds_of_data_stand_apart(runs, tmp_path):
     other = write_arm(tmp_path / "f", "FedAvg", 0, {"0": 0.9, "1": 0.9}, data="function")
     rows = evidence.rows([*runs, other])
-    text = evidence.markdown(rows, evidence.columns("FedAvg"))
+    text = page(rows)
     assert text.index("### domain") < text.index("### function")
     assert cell([row for row in rows if row.data == "function"], "FedAvg", "own - local") == "–", (
         "no local on that data"
@@ -103,6 +107,22 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     write_arm(tmp_path / "third", "X", 0, {"0": 0.5})
     assert main(["compare", *map(str, runs), str(tmp_path / "third"), "--against", "FedDAT"]) == 2
     assert "there are" in capsys.readouterr().err
+
+
+def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
+    assert not {"many %", "medium %", "few %"} & {column.heading for column in evidence.columns("FedAvg", [])}
+    assert "few %" not in page(evidence.rows(runs))
+    made = []
+    for seed, few in enumerate((2, 4, 6)):
+        score = {"global": 0.5, "own": {"0": 0.5}, "groups": {"many": [9, 10], "few": [few, 10]}}
+        made.append(write_arm(tmp_path / f"tail{seed}", "X", seed, {"0": 0.5}, final=score))
+    rows = evidence.rows([*runs, *made])
+    half = 100 * 4.302653 * 0.2 / 3**0.5
+    assert cell(rows, "X", "few %") == f"40.0 ± {half:.1f}" and cell(rows, "X", "many %") == "90.0 ± 0.0"
+    assert cell(rows, "FedAvg", "few %") == "–"
+    headings = [column.heading for column in evidence.columns("FedAvg", rows)]
+    assert headings[3:7] == ["worst client %", "many %", "few %", "spread"], "nobody was asked about medium classes"
+    assert [column.heading for column in evidence.short_columns(rows)][3:6] == headings[3:6]
 
 
 # ---- the sweep's plan ---------------------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ def test_a_page_that_fetches_would_be_seen():
 
 def test_the_table_is_the_one_of_the_run(run, html):
     text = Page(html).text
-    rows = evidence.cells(evidence.rows([run]), evidence.short_columns())
+    arms = evidence.rows([run])
+    rows = evidence.cells(arms, evidence.short_columns(arms))
     assert [row[0] for row in rows] == ["zero-shot", "FedAvg", "FedNano"]
     for row in rows:
         for cell in row:
@@ -153,6 +154,20 @@ def test_the_table_is_the_one_of_the_run(run, html):
             )
     assert "68.8" in rows[2][1], "11 of 16"
     assert "One seed is one seed" in text and "fedmm compare" in text
+
+
+def test_the_table_has_groups_where_they_were_asked_for(tmp_path, html):
+    """Of answers where every second is wrong in the end, by classes counted as the round loop counts them."""
+    path = tmp_path / "run"
+    main, _ = open_run(path, "evaluate.groups=thirds")
+    counts = build.class_counts(config.load([*SMALL, "evaluate.groups=thirds"]))
+    for arm in (path, path / "arms" / "fedavg"):
+        (arm / summary.CLASSES).write_text(json.dumps(counts))
+    page = report.write(write_run(path, "evaluate.groups=thirds")).read_text()
+    assert main.path == path and "<th>many %</th><th>medium %</th><th>few %</th>" in page
+    assert "many %" not in html
+    shares = json.loads((path / "summary.json").read_text())["final"]["groups"]
+    assert sum(right for right, _ in shares.values()) == 8 and sum(count for _, count in shares.values()) == 16
 
 
 def test_the_count_of_what_a_client_stores_includes_adapters(html):
@@ -293,7 +308,8 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
     code, out = watched(finished)
     assert code == 0
     assert out.splitlines()[-1] == str(finished / "report.html")
-    for cell in evidence.cells(evidence.rows([finished]), evidence.short_columns())[-1]:
+    rows = evidence.rows([finished])
+    for cell in evidence.cells(rows, evidence.short_columns(rows))[-1]:
         assert cell in out
     assert max(map(len, out[out.rindex("finished: own") :].splitlines()[1:-1])) <= 80
     assert "[1/2] FedNano round 3/3  loss 1.500" in out and "[2/2] FedAvg round 1/3" in out

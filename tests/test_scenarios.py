@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 
 import pytest
 from omegaconf import OmegaConf
@@ -32,7 +33,7 @@ def test_the_default_scenario_changes_nothing():
         assert config.load()[group] == own == config.load(["scenario=dirichlet"])[group]
 
 
-@pytest.mark.parametrize("scenario", sorted(set(config.options("scenario")) - {"dirichlet", "function"}))
+@pytest.mark.parametrize("scenario", sorted(set(config.options("scenario")) - {"dirichlet", "function", "long_tail"}))
 def test_a_scenario_gives_each_client_a_value_of_its_own_in_every_split(scenario):
     for split in SPLITS:
         mine = held([f"scenario={scenario}"], split)
@@ -44,6 +45,16 @@ def test_a_scenario_gives_each_client_a_value_of_its_own_in_every_split(scenario
 def test_seven_functions_at_seven_clients_and_two_clients_with_two_at_five():
     assert [len(values) for values in held(["scenario=function", "clients=7"], "train")] == [1] * 7
     assert [len(values) for values in held(["scenario=function"], "test")] == [2, 2, 1, 1, 1]
+
+
+def test_a_long_tail_at_twenty_equal_clients_and_a_balanced_test():
+    cfg = config.load(["scenario=long_tail", "clients=20", "dataset.imbalance=10"])
+    made = splits(cfg)
+    counts = [Counter(example.answer for example in made[split]) for split in SPLITS]
+    assert [counts[0][str(digit)] for digit in range(10)] == [500, 387, 299, 232, 179, 139, 107, 83, 64, 50]
+    assert set(counts[1].values()) == {100} and len(counts[1]) == 10
+    for split, size in zip(SPLITS, (102, 50), strict=True):
+        assert {len(part) for part in partition(cfg, split)} == {size}
 
 
 def test_fewer_clients_than_values_hold_several_and_every_example_is_held():

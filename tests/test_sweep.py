@@ -54,5 +54,6 @@ def wait_for_summaries(path: Path, count: int) -> None:
 
 def table(path: Path) -> list[tuple[str, ...]]:
     """All but seconds and bytes, which tell of the attempts too."""
-    shown = [column for column in evidence.columns("FedAvg") if column.heading in TABLE]
-    return evidence.cells(evidence.rows(results.runs_of([path])), shown)
+    rows = evidence.rows(results.runs_of([path]))
+    shown = [column for column in evidence.columns("FedAvg", rows) if column.heading in TABLE]
+    return evidence.cells(rows, shown)

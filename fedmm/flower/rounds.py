@@ -8,6 +8,7 @@ went.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -28,8 +29,8 @@ from fedmm.llm.features import Features
 from fedmm.llm.host import Host, Traffic
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.tls import Authority
-from fedmm.runs import summary
-from fedmm.runs.build import Whole, for_arm, server_edge, server_state, state_for, update_of
+from fedmm.runs import home, summary
+from fedmm.runs.build import Whole, class_counts, for_arm, server_edge, server_state, state_for, update_of
 from fedmm.runs.client import Order, Report
 from fedmm.runs.config import encrypted, make, scale
 from fedmm.runs.folder import RunFolder
@@ -91,6 +92,8 @@ def run_arm(
     first = server_state(cfg, server_edge(cfg, held), compact)
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = folder.resume() or (0, first, {})
+    if cfg.evaluate.groups:
+        home.write(folder.path / summary.CLASSES, json.dumps(class_counts(cfg)).encode())
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
     def arrived(round: int, update: Any) -> None:

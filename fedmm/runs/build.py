@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fedmm import seeds
 from fedmm.codecs import Codecs
-from fedmm.data.partition import answers_of
+from fedmm.data.views import rank
 from fedmm.edge import parts as edge_parts
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
@@ -81,6 +82,14 @@ def partition(cfg: Config, split: str) -> list[list[int]]:
     """
     generator = seeds.generator(cfg.seed, "partition")
     return make(cfg.partition)(splits(cfg)[split], cfg.clients, generator)
+
+
+def class_counts(cfg: Config) -> dict[str, int]:
+    """How many training examples all clients have of each class, which is what is answered; scored ones have none."""
+    made = splits(cfg)
+    counts = Counter(made["train"][i].answer for part in partition(cfg, "train") for i in part)
+    named = {example.answer for example in made[cfg.evaluate.split]} | counts.keys()
+    return {name: counts[name] for name in sorted(named, key=rank)}
 
 
 def initial_state(cfg: Config, edge: Edge, name: str) -> State:
@@ -172,6 +181,11 @@ def classifier(cfg: Config, names: Sequence[str]) -> Built:
 def class_names(cfg: Config) -> list[str]:
     """The classes a classifier tells apart, in one order for everybody: numbers as numbers, before words."""
     return list(cfg.classes) if cfg.classes is not None else answers_of(splits(cfg)["train"])
+
+
+def answers_of(examples: Sequence[Example]) -> list[str]:
+    """The answers there are, numbers as numbers, before words."""
+    return sorted({example.answer for example in examples}, key=rank)
 
 
 def server_model(cfg: Config, held: Whole) -> Built:

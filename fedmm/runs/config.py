@@ -178,6 +178,7 @@ def check(cfg: Config) -> Iterator[str]:
     for name, sets in _sets_asked(cfg):
         if lacking := sorted(set(sets) - set(cfg.method.sets)):
             yield f"method.step.{name}={sets} needs {lacking[0]} in method.sets, got {list(cfg.method.sets)}"
+    yield from _check_groups(cfg)
     for arm in cfg.compare:
         if arm not in options("arm"):
             yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
@@ -218,6 +219,24 @@ def _check_head(cfg: Config) -> Iterator[str]:
         yield f"classes must be different, got {list(cfg.classes)}"
     if cfg.classes is None and not cfg.run.has_data:
         yield "head=classes takes the names from the data, which run.has_data=false hides; set classes=[...]"
+
+
+def _check_groups(cfg: Config) -> Iterator[str]:
+    by = cfg.evaluate.groups
+    if by is None:
+        return
+    numbers = [count for count in by if isinstance(count, int)] if isinstance(by, ListConfig) else []
+    if by != "thirds" and not (len(numbers) == 2 == len(by) and numbers[0] >= numbers[1] >= 0):
+        yield (
+            "evaluate.groups must be null, thirds, or two counts such as [100,20], many above the first and few below "
+            f"the second, got {by}"
+        )
+    for path in ("run.has_data", "evaluate.predictions"):
+        if not OmegaConf.select(typing.cast(DictConfig, cfg), path):
+            yield (
+                f"evaluate.groups={by} needs {path}=true: the server counts the classes and reads the answers; set it, "
+                "or set evaluate.groups=null"
+            )
 
 
 def _own_schema(cfg: Config) -> str | None:

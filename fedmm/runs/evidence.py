@@ -20,6 +20,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedmm.evaluate.groups import GROUPS
 from fedmm.runs import summary
 from fedmm.runs.config import leaves
 
@@ -49,6 +50,11 @@ class Row:
     def own(self) -> dict[int, dict[str, float]]:
         """Accuracy of each client on its own part, by seed; a run that scored nobody is not there."""
         return {seed: found["final"]["own"] for seed, found in self.by_seed.items() if found["final"]["own"]}
+
+    def group(self, name: str) -> dict[int, float]:
+        """Accuracy on a group of classes by seed, where there is one."""
+        found = {seed: told["final"].get("groups", {}).get(name) for seed, told in self.by_seed.items()}
+        return {seed: both[0] / both[1] for seed, both in found.items() if both}
 
     def over_clients(self, figure: Callable[[Iterable[float]], float]) -> dict[int, float]:
         """One figure of the clients' own accuracies, by seed."""
@@ -93,23 +99,25 @@ def rows(runs: Sequence[Path]) -> list[Row]:
     return sorted([*zero, *arms], key=lambda row: (row.data, row.label != ZERO_SHOT, mean(_own(row).values()) or 0.0))
 
 
-def short_columns() -> tuple[Column, ...]:
-    """What a run's own report and the watcher show."""
+def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What a run's own report and the watcher show of these rows."""
     return (
         Column("arm", lambda row, others: row.label),
         Column("global accuracy %", lambda row, others: percent(row.overall().values())),
         Column("own test %", lambda row, others: percent(_own(row).values())),
         Column("worst client %", lambda row, others: percent(row.over_clients(min).values())),
+        *_group_columns(table_of),
         Column("MB up", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [0]))),
         Column("MB down", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [1]))),
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
     )
 
 
-def columns(against: str) -> tuple[Column, ...]:
-    """What a comparison shows; `against` is the label of the arm that the others are set against, on the same data."""
+def columns(against: str, table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What a comparison of these rows shows; `against` is the label of the arm that the others are set against."""
     return (
-        *short_columns()[:4],
+        *short_columns([])[:4],
+        *_group_columns(table_of),
         Column("spread", lambda row, others: percent(row.over_clients(statistics.pstdev).values())),
         *(
             Column(f"own - {label}", lambda row, others, label=label: _gap(row, partner(row, others, label)))  # type: ignore[misc]
@@ -123,6 +131,15 @@ def columns(against: str) -> tuple[Column, ...]:
         Column("LLM samples", lambda row, others: f"{_mean_of(row, 'llm_samples'):,.0f}"),
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
         Column("seeds", lambda row, others: str(len(row.by_seed)) if len(row.by_seed) > 1 else f"1 {ONE_SEED}"),
+    )
+
+
+def _group_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """Many, medium and few classes, where some row has them."""
+    return tuple(
+        Column(f"{name} %", lambda row, others, name=name: percent(row.group(name).values()))  # type: ignore[misc]
+        for name in GROUPS
+        if any(row.group(name) for row in table_of)
     )
 
 

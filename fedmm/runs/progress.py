@@ -356,10 +356,11 @@ def _where(state: _Watched) -> str:
 
 def _arms_table(run: Path) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown = evidence.short_columns()
+    rows = evidence.rows([run])
+    shown = evidence.short_columns(rows)
     for i, column in enumerate(shown):
         out.add_column(column.heading, justify="right" if i else "left", overflow="fold")
-    for cells in evidence.cells(evidence.rows([run]), shown):
+    for cells in evidence.cells(rows, shown):
         out.add_row(*map(Text, cells))
     return out
 

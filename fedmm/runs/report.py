@@ -61,15 +61,17 @@ def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) ->
     environment.filters |= {"bytes": plots.readable_bytes, "percent": _percent, "count": _count}
     cfg: Any = OmegaConf.load(run / "config.yaml")
     arms = [_arm(folder) for folder in summary.arm_folders(run)]
+    rows = evidence.rows([run])
+    shown = evidence.short_columns(rows)
     return environment.from_string(PAGE).render(
         cfg=cfg,
         arms=arms,
         main=arms[0] if arms else None,
-        table=_table(run),
+        table=_table(rows, shown),
         command=_command(run),
         environment=json.loads((run / "environment.json").read_text()),
         config=(run / "config.yaml").read_text(),
-        headings=[column.heading for column in evidence.short_columns()],
+        headings=[column.heading for column in shown],
         dash=DASH,
         chance=_chance(arms[0]) if arms else None,
         channels=CHANNELS,
@@ -133,10 +135,9 @@ def _chance(arm: Mapping[str, Any]) -> float | None:
     return None if share in (None, 0, 1) else 1.96 * math.sqrt(share * (1 - share) / questions)
 
 
-def _table(run: Path) -> list[dict[str, Any]]:
+def _table(rows: Sequence[evidence.Row], shown: Sequence[evidence.Column]) -> list[dict[str, Any]]:
     """The cells of the table of arms, with the share that draws the bar behind the accuracy."""
-    rows = evidence.rows([run])
-    found = evidence.cells(rows, evidence.short_columns())
+    found = evidence.cells(rows, shown)
     return [{"cells": c, "share": evidence.mean(row.overall().values())} for c, row in zip(found, rows, strict=True)]
 
 

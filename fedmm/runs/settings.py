@@ -96,6 +96,7 @@ class EvaluateConfig:
     batch_size: int = 64
     max_tokens: int = 8
     everywhere: bool = False  # score a client on every client's part, not only on its own
+    groups: Any = None  # accuracy for many, medium, few classes: thirds by rank, or [100, 20] as Liu et al. 2019
     predictions: bool = True  # answers go to the server at the end; false where they may not leave the site
 
 
@@ -142,8 +143,8 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     captions: Any = None  # what an MLLM writes about open images for `pretrain`
     align: AlignConfig = field(default_factory=AlignConfig)
-    edge: EdgeConfig = field(default_factory=EdgeConfig)
     sampling: Any = None  # the order in which a client sees its examples in an epoch; null: each once, shuffled
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -27,7 +27,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedmm import seeds, tree
-from fedmm.data.partition import answers_of
 from fedmm.edge import compact as compacts
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.folding import unfolded
@@ -37,7 +36,7 @@ from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs import home
-from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model, splits
+from fedmm.runs.build import Whole, answers_of, cached_encoder, initial_state, server_model, splits
 from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config

@@ -1,7 +1,8 @@
 """The figures of a run's arms, from the files of its folder alone.
 
 `global` is accuracy on everybody's test examples: of the one shared model, or, for personal models, the mean over
-clients of each one's accuracy on all of them. `own` is each client's accuracy on its own part.
+clients of each one's accuracy on all of them. `own` is each client's accuracy on its own part. `groups`, where
+`evaluate.groups` asks for them, are (right, count) of many, medium and few classes over everybody's own parts.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedmm.evaluate.answers import Answer
+from fedmm.evaluate.groups import group, tally
 from fedmm.runs import home
 from fedmm.runs.config import personal
 from fedmm.runs.folder import read_rows
+
+CLASSES = "classes.json"
+"""Training examples by class over all clients, in a run's folder where `evaluate.groups` asks for them."""
 
 
 def scores(folder: Path) -> dict[int, dict[str, Any]]:
@@ -63,6 +69,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     rounds = read_rows(folder / "rounds.jsonl")
     scored = scores(folder)
     nothing: dict[str, Any] = {"global": None, "own": {}}
+    zero_shot, final = ({**scored.get(round, nothing), **_groups(folder, cfg, round)} for round in (0, cfg.rounds))
     summary = {
         "data": cfg.data,
         "label": cfg.label,
@@ -70,8 +77,8 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "rounds": cfg.rounds,
         "clients": cfg.clients,
         "split": cfg.evaluate.split,
-        "zero_shot": scored.get(0, nothing),
-        "final": scored.get(cfg.rounds, nothing),
+        "zero_shot": zero_shot,
+        "final": final,
         "bytes": dict(moved),
         "llm_samples": llm_samples,
         "client_parameters": client_parameters,
@@ -81,6 +88,16 @@ def write_summary(folder: Path) -> dict[str, Any]:
     }
     home.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _groups(folder: Path, cfg: Any, round: int) -> dict[str, Any]:
+    """Right and asked by group of classes, of each client's answers on its own part; nothing where not asked for."""
+    if not (by := cfg.evaluate.get("groups")):  # runs from before there were groups have no such setting
+        return {}
+    groups = group(json.loads((folder / CLASSES).read_text()), by)
+    rows = [row for row in read_rows(folder / "predictions.jsonl") if row["round"] == round]
+    said = {(row["part"], row["id"]): Answer(row["id"], row["said"], row["truth"]) for row in rows}  # a resumed: twice
+    return {"groups": tally(((answer.truth, answer.right) for answer in said.values()), groups)}
 
 
 def arm_folders(run: Path) -> list[Path]:
