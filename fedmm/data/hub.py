@@ -1,0 +1,188 @@
+"""Image classification from the Hugging Face hub, or from a folder of the same schema, as questions and answers.
+
+    one row: an image and a class  ->  Example(image, question, the class's name)
+
+Labels: `class` and `answer` are the name, `rank` the class's place in the dataset's own order, which a long tail goes
+by. Images are decoded when they are asked for, so that a split may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from fedmm.data.views import Some
+from fedmm.types import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def classification(
+    *,
+    path: str,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
+    name: str | None = None,  # of the dataset's configuration, where it has several
+    image: str = "img",  # the columns
+    label: str = "label",
+    splits: Mapping[str, str] | None = None,  # our names to the dataset's; None: train and test
+    question: str = "what is in the image ?",
+    public: int = 0,  # images of each class held out of train as open data
+    validation: int = 0,  # images of each class held out of train, where the dataset has no such split
+    ids: Mapping[str, str] | None = None,  # our split's name to a file of the images it has: lines `path label`
+    seed: int = 0,  # of what is held out
+) -> dict[str, Sequence[Example]]:
+    """The splits of a dataset, with `public` (which may be empty) beside them.
+
+    A split named in `ids` has the rows of that list only, and what is held out is then drawn from the rows of train's
+    source that no list names. Raises ValueError where columns, splits, or listed images are not there.
+    """
+    splits = dict(splits or {"train": "train", "test": "test"})
+    if (
+        "train" not in splits
+        or "public" in splits
+        or (validation and "validation" in splits)
+        or set(ids or ()) - {*splits}
+    ):
+        raise ValueError(
+            f"dataset.splits={splits} needs train, and no public; set dataset.validation={validation} to 0 where it "
+            f"has one, and name in dataset.ids={dict(ids or {})} splits that are there"
+        )
+    sources = {theirs: _source(path, name, theirs, image, label, question) for theirs in dict.fromkeys(splits.values())}
+    chosen: dict[str, list[int]] = {ours: list(range(len(sources[theirs]))) for ours, theirs in splits.items()}
+    for ours, file in (ids or {}).items():
+        chosen[ours] = _listed(sources[splits[ours]], Path(file), ours)
+    pool = chosen["train"]
+    if "train" in (ids or {}):
+        named = {row for ours in ids or {} if splits[ours] == splits["train"] for row in chosen[ours]}
+        pool = [row for row in range(len(sources[splits["train"]])) if row not in named]
+    held = _hold_out(sources[splits["train"]], pool, {"public": public, "validation": validation}, seed)
+    out = {row for rows in held.values() for row in rows}
+    chosen["train"] = [row for row in chosen["train"] if row not in out]
+    made: dict[str, Sequence[Example]] = {ours: Some(sources[splits[ours]], rows) for ours, rows in chosen.items()}
+    return made | {
+        ours: Some(sources[splits["train"]], rows) for ours, rows in held.items() if rows or ours == "public"
+    }
+
+
+@dataclass(frozen=True)
+class _Source(Sequence[Example]):
+    """A whole split of the dataset: its classes are in memory, its images are not."""
+
+    path: str
+    split: str
+    rows: Dataset  # the image column alone
+    image: str
+    classes: Sequence[int]
+    names: Sequence[str]
+    question: str
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, i: Any) -> Any:
+        row = range(len(self))[i]
+        if isinstance(row, range):
+            return Some(self, row)
+        name = self.names[self.classes[row]]
+        labels = {"class": name, "answer": name, "rank": str(self.classes[row])}
+        return Example(f"{self.split}/{row:07d}", _OneImage(self.rows, self.image, row), self.question, name, labels)
+
+    def files(self) -> list[str | None]:
+        """The name of each image's file, for which no image is read."""
+        import pyarrow.compute as pc
+
+        return list(pc.struct_field(self.rows.data.column(self.image), "path").to_pylist())
+
+
+@dataclass(frozen=True)
+class _OneImage(Sequence[Image.Image]):
+    """The image of a row, decoded each time it is asked for; in colour, as ImageNet has grey ones too."""
+
+    rows: Dataset
+    column: str
+    row: int
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: Any) -> Any:
+        found = range(1)[i]
+        if isinstance(found, range):
+            return [self[k] for k in found]
+        image: Image.Image = self.rows[self.row][self.column]
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _source(path: str, name: str | None, split: str, image: str, label: str, question: str) -> _Source:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(path, name, split=split)
+    except ValueError as error:  # an unknown split or configuration: it lists those that there are
+        raise ValueError(f"{path}: {error}; set dataset.splits or dataset.name") from error
+    has = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+    for knob, column, kind in (("image", image, datasets.Image), ("label", label, datasets.ClassLabel)):
+        if not isinstance(rows.features.get(column), kind):
+            what = "has no such column" if column not in rows.features else f"has no {kind.__name__} there"
+            raise ValueError(f"dataset.{knob}={column}: {path} {what}; set it to one of {has}")
+    classes = list(rows[label][:])
+    if unlabelled := sum(c is None or c < 0 for c in classes):
+        raise ValueError(
+            f"{path}: {unlabelled} of {len(classes)} in {split} have no label; set dataset.splits to another"
+        )
+    return _Source(path, split, rows.select_columns([image]), image, classes, rows.features[label].names, question)
+
+
+def _hold_out(source: _Source, pool: Iterable[int], each: Mapping[str, int], seed: int) -> dict[str, list[int]]:
+    """Rows held out by name, so many of each class of the pool; the classes' draws do not depend on how many."""
+    rng = np.random.default_rng(seed)
+    members: dict[int, list[int]] = {c: [] for c in range(len(source.names))}
+    for row in pool:
+        members[source.classes[row]].append(row)
+    held: dict[str, list[int]] = {name: [] for name in each}
+    for c, rows in members.items():
+        if rows and len(rows) < sum(each.values()):
+            raise ValueError(
+                f"{source.path} has {len(rows)} of {source.names[c]!r} to hold out {dict(each)} of; lower "
+                "dataset.public or dataset.validation"
+            )
+        drawn = rng.permutation(rows).tolist()
+        for name, count in each.items():
+            held[name] += drawn[:count]
+            drawn = drawn[count:]
+    return {name: sorted(rows) for name, rows in held.items()}
+
+
+def _listed(source: _Source, file: Path, ours: str) -> list[int]:
+    """The rows whose files a list names, in its order. Raises ValueError where one is missing or of another class."""
+    if not file.is_file():
+        raise ValueError(f"dataset.ids.{ours}={file} is no file; set it to the list's path, or dataset.ids to null")
+    files = source.files()
+    if None in files:
+        raise ValueError(f"dataset.ids goes by file names, which the images of {source.path} have not; set it to null")
+    rows = {_stem(str(name)): row for row, name in enumerate(files)}
+    asked = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines() if line.strip()]
+    missing = [path for path, _ in asked if _stem(path) not in rows]
+    if missing:
+        raise ValueError(
+            f"{file} names {len(missing)} of {len(asked)} images that are not in {source.split} of {source.path}, "
+            f"first {missing[0]}; set dataset.splits.{ours} or dataset.ids.{ours}"
+        )
+    for path, c in asked:
+        if source.classes[rows[_stem(path)]] != int(c):
+            raise ValueError(
+                f"{file} says that {path} is of class {c}, {source.path} that it is of "
+                f"{source.classes[rows[_stem(path)]]}; they number classes differently, and dataset.ids cannot be used"
+            )
+    return [rows[_stem(path)] for path, _ in asked]
+
+
+def _stem(path: str) -> str:
+    """A file's name without folder, suffix, and the synset that ImageNet's copy on the hub has behind it."""
+    return re.sub(r"_n\d{8}$", "", PurePosixPath(path).stem)

@@ -1,0 +1,154 @@
+"""Classification from the hub: a small dataset of the same schema, written to a folder here; no network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedmm.data import hub, partition
+from fedmm.data.hub import classification
+from fedmm.data.long_tail import long_tail
+
+NAMES = ["zebra", "ant", "moth"]  # not in the order of the alphabet
+TRAIN = [i % 3 for i in range(36)]
+
+
+def picture(row: int, test: bool = False) -> Image.Image:
+    image = Image.fromarray(np.full((4, 4, 3), 5 * row + 100 * test, np.uint8))
+    return image.convert("L") if row == 1 else image
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Columns as CIFAR-100 has them; an image's file is called as ImageNet's copy on the hub calls it."""
+    import datasets
+
+    features = datasets.Features(
+        {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=NAMES), "note": datasets.Value("string")}
+    )
+    path = tmp_path_factory.mktemp("hub")
+    files = tmp_path_factory.mktemp("files")
+    for split, classes in (("train", TRAIN), ("test", [0, 1, 2, 0, 1, 2])):
+        (files / split).mkdir()
+        named = []
+        for row, c in enumerate(classes):
+            named.append(str(files / split / f"n0000000{c}_{row}_n0000000{c}.png"))
+            picture(row, split == "test").save(named[-1])
+        columns = {"img": named, "fine_label": classes, "note": ["-"] * len(classes)}
+        made = datasets.Dataset.from_dict(columns, features=features)
+        made.to_parquet(str(path / f"{split}-00000-of-00001.parquet"))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+
+
+def loaded(folder: Path, **options):
+    return classification(path=str(folder), **{"label": "fine_label", **options})
+
+
+def test_rows_become_questions(folder):
+    made = loaded(folder, question="what is it ?")
+    assert {split: len(part) for split, part in made.items()} == {"train": 36, "test": 6, "public": 0}
+    example = made["train"][5]
+    assert (example.id, example.question, example.answer) == ("train/0000005", "what is it ?", "moth")
+    assert example.labels == {"class": "moth", "answer": "moth", "rank": "2"}
+    (image,) = example.images
+    assert np.asarray(image).tolist() == np.asarray(picture(5)).tolist()
+    assert made["train"][1].images[0].mode == "RGB", "a grey one too"
+    assert made["train"][-1].id == "train/0000035" and [e.id for e in made["test"][4:]] == [
+        "test/0000004",
+        "test/0000005",
+    ]
+    with pytest.raises(IndexError):
+        made["test"][6]
+
+
+def test_labels_are_read_without_an_image(folder, monkeypatch):
+    """The shapes' checker looks at the images of every Example; so what is made here is not one."""
+    monkeypatch.setattr(hub, "Example", lambda *args: SimpleNamespace(**dict(zip(FIELDS, args, strict=True))))
+    monkeypatch.setattr(hub._OneImage, "__getitem__", lambda self, i: pytest.fail("an image was decoded"))
+    made = long_tail(of=lambda: loaded(folder, public=2), by="rank", imbalance=4)
+    assert Counter(e.labels["class"] for e in made["train"]) == {"zebra": 10, "ant": 5, "moth": 2}
+    assert len(partition.equal(made["train"], 2, seeded(), by="class")) == 2
+    with pytest.raises(pytest.fail.Exception, match="decoded"):
+        made["train"][0].images[0]
+
+
+FIELDS = ("id", "images", "question", "answer", "labels")
+
+
+def seeded():
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_tail_goes_by_the_datasets_own_order(folder):
+    made = long_tail(of=lambda: loaded(folder), by="rank", imbalance=12)
+    assert Counter(e.answer for e in made["train"]) == {"zebra": 12, "ant": 3, "moth": 1}
+    other = long_tail(of=lambda: loaded(folder), by="class", imbalance=12)
+    assert Counter(e.answer for e in other["train"]) == {"ant": 12, "moth": 3, "zebra": 1}, "by name it would be this"
+
+
+def test_what_is_held_out_is_nobodys_training_data_and_fixed_by_the_seed(folder):
+    def ids(split: str, **options) -> list[str]:
+        return [e.id for e in loaded(folder, **options)[split]]
+
+    made = loaded(folder, public=2, validation=3)
+    sets = {split: {e.id for e in made[split]} for split in ("train", "public", "validation")}
+    assert {split: len(found) for split, found in sets.items()} == {"train": 21, "public": 6, "validation": 9}
+    assert len(set.union(*sets.values())) == 36
+    assert set(Counter(e.answer for e in made["public"]).values()) == {2}
+    assert ids("public", public=2) == ids("public", public=2, validation=3) != ids("public", public=2, seed=1)
+    with pytest.raises(ValueError, match=r"has 12 of 'zebra' to hold out .*'public': 13.*; lower dataset.public"):
+        loaded(folder, public=13)
+
+
+def test_a_list_says_which_rows_there_are(folder, tmp_path):
+    """As ImageNet-LT's: other folders and suffixes, in its own order; open data are what no list names."""
+    lists = {"train": tmp_path / "train.txt", "validation": tmp_path / "val.txt"}
+    lists["train"].write_text("train/n00000002/n00000002_5.JPEG 2\ntrain/n00000000/n00000000_0.JPEG 0\n")
+    lists["validation"].write_text("train/n00000000/n00000000_3.JPEG 0\n")
+    splits = {"train": "train", "validation": "train", "test": "test"}
+    ids = {ours: str(file) for ours, file in lists.items()}
+    made = loaded(folder, splits=splits, ids=ids, public=10)
+    assert [e.id for e in made["train"]] == ["train/0000005", "train/0000000"]
+    assert [e.id for e in made["validation"]] == ["train/0000003"] and len(made["test"]) == 6
+    public = {e.id for e in made["public"]}
+    assert len(public) == 30 and not public & {"train/0000000", "train/0000003", "train/0000005"}
+
+    lists["train"].write_text("train/n00000002/n00000002_99.JPEG 2\n")
+    with pytest.raises(ValueError, match=r"names 1 of 1 images that are not in train of .*n00000002_99.JPEG; set data"):
+        loaded(folder, ids={"train": ids["train"]})
+    lists["train"].write_text("train/n00000002/n00000002_5.JPEG 1\n")
+    with pytest.raises(ValueError, match=r"is of class 1, .* that it is of 2; they number classes differently"):
+        loaded(folder, ids={"train": ids["train"]})
+    with pytest.raises(ValueError, match=r"dataset.ids.train=nowhere.txt is no file"):
+        loaded(folder, ids={"train": "nowhere.txt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"label": "label"}, r"dataset.label=label: .* has no such column; set it to one of img \(Image\), fine_label"),
+        ({"image": "note"}, r"dataset.image=note: .* has no Image there; set it to one of img \(Image\)"),
+        ({"splits": {"train": "trian"}}, r"(?s)trian.*train.*set dataset.splits or dataset.name"),
+        ({"splits": {"test": "test"}}, r"needs train"),
+        ({"splits": {"train": "train", "validation": "test"}, "validation": 2}, r"set dataset.validation=2 to 0"),
+        ({"ids": {"valid": "x"}}, r"name in dataset.ids=.*valid.* splits that are there"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is(folder, options, says):
+    with pytest.raises(ValueError, match=says):
+        loaded(folder, **options)
