@@ -74,6 +74,18 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path, cut):
     assert write(examples, Writer("w", none), PROMPTS, path) == straight and not none.asked
 
 
+def test_what_was_said_is_on_disk_before_more_is_asked(tmp_path):
+    """A process that is killed outright closes no file."""
+    path, there = tmp_path / "captions.jsonl", []
+
+    def say(examples):
+        there.append(len(path.read_text().splitlines()))
+        return ["text"] * len(examples)
+
+    write(some_examples(5), Writer("w", say), PROMPTS[1:], path, chunk=4)
+    assert there == [0, 4, 8]
+
+
 def test_another_writer_asks_anew_and_leaves_the_others_lines(tmp_path):
     examples, path = some_examples(2), tmp_path / "captions.jsonl"
     first = write(examples, Writer("first", Counter()), PROMPTS, path)
@@ -271,7 +283,7 @@ def test_a_question_with_places_for_images_keeps_them(tiny, tiny_folder):
         _content(replace(example, images=[one], question="<image> <image>"))
 
 
-def test_prepared_texts_are_found_by_content_and_by_id(tmp_path):
+def test_prepared_texts_are_found_by_content_and_by_id(tiny, tmp_path):
     first, second, _ = some_examples(3)
     lines = [
         {"image": content_of(first.images), "prompt": "what is this ?", "text": "noise é", "cost": 3},
@@ -279,18 +291,18 @@ def test_prepared_texts_are_found_by_content_and_by_id(tmp_path):
     ]
     for i, line in enumerate(lines):
         (tmp_path / f"{i}.jsonl").write_text(json.dumps(line) + "\n\n")
-    writer = prepared(None, None, "", folder=str(tmp_path))
+    writer = prepared(*tiny, folder=str(tmp_path))
     asked = [replace(example, question="what is this ?") for example in (second, first)]
     assert writer.say(asked) == ["", "noise é"]
     with pytest.raises(ValueError, match=r"no text of image .*example train/0.* 'what else ?.*; add a line"):
         writer.say([replace(first, question="what else ?")])
     (tmp_path / "2.jsonl").write_text(json.dumps(lines[1]))  # the same again
-    assert prepared(None, None, "", folder=str(tmp_path)).name == writer.name
+    assert prepared(*tiny, folder=str(tmp_path)).name == writer.name
     (tmp_path / "2.jsonl").write_text(json.dumps(lines[1] | {"text": "now"}))
     with pytest.raises(ValueError, match=r"2.jsonl, line 1 says 'now' where .*1.jsonl, line 1 says ''; leave one out"):
-        prepared(None, None, "", folder=str(tmp_path))
+        prepared(*tiny, folder=str(tmp_path))
     (tmp_path / "1.jsonl").unlink()
-    assert prepared(None, None, "", folder=str(tmp_path)).name != writer.name
+    assert prepared(*tiny, folder=str(tmp_path)).name != writer.name
 
 
 @pytest.mark.parametrize(
@@ -302,20 +314,20 @@ def test_prepared_texts_are_found_by_content_and_by_id(tmp_path):
         ("[1]", r"a.jsonl, line 2 has no string 'image'"),
     ],
 )
-def test_a_broken_prepared_line_names_file_and_line(tmp_path, line, says):
+def test_a_broken_prepared_line_names_file_and_line(tiny, tmp_path, line, says):
     (tmp_path / "a.jsonl").write_text('{"image": "a", "prompt": "b", "text": "c"}\n' + line + "\n")
     with pytest.raises(ValueError, match=says):
-        prepared(None, None, "", folder=str(tmp_path))
+        prepared(*tiny, folder=str(tmp_path))
 
 
-def test_a_folder_without_texts_is_named(tmp_path):
+def test_a_folder_without_texts_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"captions.writer.folder=.* has no \*.jsonl; its lines are to be"):
-        prepared(None, None, "", folder=str(tmp_path / "nowhere"))
+        prepared(*tiny, folder=str(tmp_path / "nowhere"))
 
 
-def test_the_oracle_knows_its_own_answers_and_no_others(tmp_path):
+def test_the_oracle_knows_its_own_answers_and_no_others(tiny, tmp_path):
     examples = some_examples(3)
-    writer = oracle(None, None, "")
+    writer = oracle(*tiny)
     made = write(examples, writer, ["{question}"], tmp_path / "captions.jsonl")
     assert [(c.prompt, c.text, c.writer) for c in made] == [(e.question, e.answer, "oracle") for e in examples]
     with pytest.raises(ValueError, match="captions=oracle knows .* got 'red ?"):
