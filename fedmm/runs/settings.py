@@ -14,7 +14,6 @@ class MethodConfig:
     sets: list[str] = field(default_factory=lambda: ["shared"])
     use: list[str] = field(default_factory=lambda: ["shared"])
     step: Any = None
-    begin: Any = None  # looks at the client's items before the first step; what it finds is in step.kept
     fisher: Any = None
     begin: Any = None  # before the first step: what the method wants to know of all of the client's examples
     retrained: bool = False  # head=classes: a second head, which the server trains and which answers
