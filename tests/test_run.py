@@ -567,3 +567,18 @@ def test_what_cannot_work_together_is_told_before_anything_starts_and_all_at_onc
     with pytest.raises(ConfigError) as both:
         load(["arm=feddat", "method.sets=[shared,frozen]", "rounds=-1", "faulty=[7]", "rule=krum", "clients=3"])
     assert all(knob in str(both.value) for knob in ("method.use", "local in method.sets", "rounds", "faulty"))
+
+
+@pytest.mark.parametrize("arm", ["balanced_softmax", "logit_adjustment", "class_balanced"])
+def test_a_long_tail_runs_end_to_end_and_ends_with_groups(backbone, tmp_path, arm):
+    tail = ["dataset=digits_lt", "partition=equal", "dataset.largest=12", "dataset.imbalance=4"]
+    sizes = ["dataset.of.train=120", "dataset.of.validation=0", "dataset.of.test=30", "evaluate.groups=thirds"]
+    asked = [*backbone, *SMALL, *tail, *sizes, f"arm={arm}", "rounds=1", "run.at_once=1", f"run.dir={tmp_path / arm}"]
+    path = inprocess.run(plan(asked))
+    assert json.loads((path / summary.CLASSES).read_text()) == {
+        "0": 12, "1": 10, "2": 8, "3": 7, "4": 6, "5": 5, "6": 4, "7": 4, "8": 3, "9": 3,
+    }  # fmt: skip
+    told = json.loads((path / "summary.json").read_text())
+    for end in ("zero_shot", "final"):
+        assert {name: count for name, (_, count) in told[end]["groups"].items()} == {"many": 9, "medium": 12, "few": 9}
+    assert "<th>few %</th>" in (path / "report.html").read_text()
