@@ -1,7 +1,7 @@
 """The compact encoder: a small residual network, in the place of a vision tower or under a classifier's head.
 
     trunk     image -> (W, H, H), a ResNet
-    features  project(pool(trunk(image))) -> (P, E), as many and as wide as the large encoder's, for the same connector
+    features  mean + spread project(pool(trunk(image))) -> (P, E), in number and width the large encoder's
 
 Its norms are over groups of channels and not over the batch: running means of a batch are no trained tensors, so they
 would not travel, and they differ between clients whose classes do.
@@ -105,14 +105,19 @@ def reset(module: nn.Module, generator: torch.Generator) -> None:
 
 
 class Compact(nn.Module):
-    """A trunk whose feature map is brought to the grid and width of the large encoder's features.
+    """A trunk whose feature map is brought to the grid, width, mean and spread of the large encoder's features.
 
     To whoever runs it, it is a vision tower: `hidden_states` holds the features, and `config` tells their size.
     """
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(self, plan: Plan, grid: int, width: int) -> None:
         super().__init__()
         self.trunk, self.project = trunk(plan), nn.Linear(plan.out_width, width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
         self._grid = grid
         widest = sum(depth * width for depth, width in zip(plan.depths, plan.widths, strict=True))
         self.config = SimpleNamespace(image_size=plan.side, patch_size=4, hidden_size=widest, num_hidden_layers=4)
@@ -125,7 +130,13 @@ class Compact(nn.Module):
         """One feature for each cell of the grid, row by row, as patches go."""
         map_MWHH = self.trunk(pixels_MCHW)
         pooled = F.adaptive_avg_pool2d(map_MWHH, self._grid)
-        return self.project(pooled.flatten(2).transpose(1, 2))
+        return self.mean + self.spread * self.project(pooled.flatten(2).transpose(1, 2))
+
+    def fit(self, features_MPE: Float[Tensor, "M P E"]) -> None:
+        """Take over the mean and spread of the large encoder's features: CLIP's last layer is some 15 wide, a linear
+        layer's output 0.5, and by its gradients it would never get there."""
+        self.mean.copy_(features_MPE.mean((0, 1)))
+        self.spread.copy_(features_MPE.std((0, 1)))
 
 
 def _in_groups(module: nn.Module) -> nn.Module:
