@@ -17,7 +17,7 @@ from fedmm.model import Model
 from fedmm.types import Batch, State, Step
 
 Method = Callable[[Model, Batch, Step], Iterator[Tensor]]
-Begin = Callable[[Sequence[Prepared]], State]
+Begin = Callable[[Model, Sequence[Prepared]], State]
 Schedule = Literal["constant", "cosine"]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -72,7 +72,7 @@ def train(
     for group in optimizer.param_groups:
         group["lr"] *= rate_share(schedule, *(phase or (round, rounds)))
     per_epoch = math.ceil(len(items) / batch_size)
-    kept: dict[str, State] = {} if begin is None else {"begin": begin(items)}
+    kept: dict[str, State] = {} if begin is None else {"begin": begin(model, items)}
     losses: list[float] = []
     step = Step(round, rounds, 0, epochs * per_epoch, anchor, kept)
     for epoch in range(epochs):

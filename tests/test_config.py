@@ -12,6 +12,11 @@ from fedmm.runs.config import ConfigError, check, compose, load, options
 
 CHOICES = [(group, name) for group in config.groups() for name in options(group)]
 
+OF_LONG_TAILS = {
+    "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained"
+}  # fmt: skip
+CREFF = {("schema", "creff")}
+
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_yaml_of_every_group_composes_and_binds(group, name):
@@ -19,6 +24,8 @@ def test_every_yaml_of_every_group_composes_and_binds(group, name):
     extra += ["rule=mean"] if group == "method" else []
     extra += ["llm.where=client"] if group == "inner" else []
     extra += ["compact=resnet8"] if group == "pretrain" else []
+    extra += ["scenario=long_tail"] if name in OF_LONG_TAILS else []
+    extra += ["arm=creff"] if (group, name) in CREFF else []
     assert list(check(compose([f"{group}={name}", *extra]))) == []
 
 

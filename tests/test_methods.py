@@ -201,11 +201,11 @@ def answered(*answers: list[int]) -> list[SimpleNamespace]:
 
 
 def step_with(*answers: list[int]) -> Step:
-    return Step(1, 1, 1, 1, {}, {"begin": counts(answered(*answers))})
+    return Step(1, 1, 1, 1, {}, {"begin": counts(None, answered(*answers))})
 
 
 def test_counts_are_by_place():
-    found = counts(answered([0, 3], [0, 3], [2, 3], [1, 1, 3]))["answers"]
+    found = counts(None, answered([0, 3], [0, 3], [2, 3], [1, 1, 3]))["answers"]
     assert found.tolist() == [[2, 1, 1, 0], [0, 1, 0, 3], [0, 0, 0, 1]]
 
 
@@ -276,7 +276,7 @@ def test_what_begin_found_is_there_before_the_first_step(llava, local_llm):
     trained(llava, local_llm, looking, begin=counts)
     _, items = started(llava, local_llm)
     assert seen[0][0] == 1 and all(found is seen[0][1] for _, found in seen)
-    assert seen[0][1].equal(counts(items)["answers"]) and seen[0][1][0].sum() == len(items)
+    assert seen[0][1].equal(counts(None, items)["answers"]) and seen[0][1][0].sum() == len(items)
 
 
 def test_each_class_is_drawn_as_often_whatever_its_size():

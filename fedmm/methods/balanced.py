@@ -23,7 +23,7 @@ from fedmm.model import Model
 from fedmm.types import Batch, State, Step
 
 
-def counts(items: Sequence[Prepared]) -> State:
+def counts(model: Model, items: Sequence[Prepared]) -> State:
     """How often each token stands at each place of the items' answers, up to the largest token there is: `answers`."""
     longest, largest = (
         max(values) for values in zip(*((len(i.answer), int(i.answer.max())) for i in items), strict=True)
