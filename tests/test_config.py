@@ -166,10 +166,11 @@ def test_one_scalar_carries_a_whole_command_line():
 def test_what_an_arm_sets_holds(arm):
     """A value of config.yaml must not win over the arm's own, nor one asked for the main arm over a compared one's."""
     own = OmegaConf.load(config.folder() / "arm" / f"{arm}.yaml")
-    asked = ["rounds=5", "++rule.floor=0.1", "method.sets=[shared]", "pooled=false", f"compare=[{arm}]"]
-    preset = ["experiment=feddat", f"compare=[{arm}]"]
+    extra = ["scenario=long_tail"] if arm in OF_LONG_TAILS else []
+    asked = [*extra, "rounds=5", "++rule.floor=0.1", "method.sets=[shared]", "pooled=false", f"compare=[{arm}]"]
+    preset = ["experiment=mllmfl_embedded" if extra else "experiment=feddat", f"compare=[{arm}]"]
     compared = [config.arms(compose(overrides), overrides)[1][1] for overrides in (asked, preset)]
-    for cfg in (load([f"arm={arm}"]), *map(load, compared)):
+    for cfg in (load([*extra, f"arm={arm}"]), *map(load, compared)):
         for path, value in config.leaves("", own):
             assert OmegaConf.select(cfg, path) == value, path
 
