@@ -2,7 +2,7 @@
 
 Dimension key, the only one:
     B batch   M its images   I a sample's images   T positions   P patches   E encoder width   D LLM width
-    R rank   V vocabulary   A answer positions   K clients   N positions packed over a batch
+    R rank   V vocabulary   A answer positions   K clients   N positions packed over a batch   F a trunk's width
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def test_groups_need_the_servers_eyes():
         load(["evaluate.groups=thirds", "run.has_data=false", "evaluate.predictions=false"])
     assert "evaluate.groups=thirds needs run.has_data=true" in str(caught.value)
     assert "evaluate.groups=thirds needs evaluate.predictions=true" in str(caught.value)
-    assert load(["scenario=long_tail", "run.has_data=false", "evaluate.groups=null"])
+    assert load(["scenario=long_tail", "run.has_data=false", "evaluate.groups=null", "classes=[a,b]"])
 
 
 def test_an_arm_brings_its_sampling_and_takes_it_along():

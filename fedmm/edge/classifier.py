@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.retrained = nn.Linear(plan.out_width, classes) if retrained else None
         self.gradients = nn.Parameter(torch.zeros(classes, classes, plan.out_width + 1)) if retrained else None
 
-    def forward(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M W"]:
+    def forward(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M F"]:
         """What a head reads."""
         return self.trunk(pixels_MCHW).mean((2, 3))
 
