@@ -68,7 +68,7 @@ def align(
     model.edge.freeze_all_but(trains)
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError(f"align.trains={list(trains)} names nothing; there are {', '.join(model.edge.named())}")
+        raise ValueError(f"align.step.trains={list(trains)} names nothing; there are {', '.join(model.edge.named())}")
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     loss, accuracy = first = measured(model, held_out, batch_size)
     best, kept, worse, reason, step = dict(state), 0, 0, "", 0
@@ -87,7 +87,7 @@ def align(
             optimizer.step()
         now = measured(model, held_out, batch_size) if step % check_every == 0 or step == steps else None
         if not torch.isfinite(total) or (now and not now[0] < float("inf")):
-            reason = f"the loss is {float(total):g} at step {step}; lower align.lr={lr:g}"
+            reason = f"the loss is {float(total):g} at step {step}; lower align.step.lr={lr:g}"
             break
         if now and now[0] < loss:
             (loss, accuracy), best, kept, worse = now, model.edge.state(), step, 0

@@ -112,7 +112,7 @@ def pretrain(
         said, distance = losses(model, compact, [looks[i] for i in picks], w, texts if text else 0)
         loss = text * said + distance
         if not torch.isfinite(loss):
-            raise ValueError(f"pretraining diverged at step {step}: the loss is {loss.item()}; lower pretrain.lr")
+            raise ValueError(f"pretraining diverged at step {step}: the loss is {loss.item()}; lower pretrain.step.lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(compact.parameters(), 1.0)
