@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fedmm.runs import evidence, results
+from fedmm.runs import config, evidence, results, sweep
 
 ASKED = [
     "arm=fedavg,local", "rounds=1", "clients=2", "batch_size=8", "edge.rank=4", "partition=iid",
@@ -57,3 +57,10 @@ def table(path: Path) -> list[tuple[str, ...]]:
     rows = evidence.rows(results.runs_of([path]))
     shown = [column for column in evidence.columns("FedAvg", rows) if column.heading in TABLE]
     return evidence.cells(rows, shown)
+
+
+def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):
+    asked = ["experiment=mllmfl_embedded", "arm=fedavg,creff"]
+    made = sweep.jobs(tmp_path, asked)
+    assert [config.load(job.overrides).compare for job in made] == [[], []] and config.load(asked[:1]).compare
+    assert sweep.jobs(tmp_path, ["arm=fedavg"])[0].overrides[0] == "arm=fedavg" and "compare=[]" not in made[0].name

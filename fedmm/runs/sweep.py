@@ -232,7 +232,9 @@ def _overrides(pairs: Mapping[str, str]) -> list[str]:
 
 
 def _job(path: Path, name: str, overrides: Sequence[str]) -> Job:
-    return Job(name, path / name, (*overrides, config.quoted("run.dir", (path / name).absolute())))  # run.dir is last
+    """A run of one arm: what a preset sets beside it is left out. The last override is run.dir."""
+    alone = ["compare=[]"] if config.compose(overrides).compare else []
+    return Job(name, path / name, (*overrides, *alone, config.quoted("run.dir", (path / name).absolute())))
 
 
 def _without(overrides: Sequence[str], others: Sequence[str]) -> Iterator[str]:
