@@ -1,4 +1,4 @@
-"""The server's two stages: their mathematics, what a kill, a bad set and a bad rate do to them, and what clients notice."""
+"""The server's two stages: their mathematics, what a kill, a bad set and a bad rate do, and what clients notice."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
+from fedmm.runs import client as client_side
 from fedmm.runs import config
 from fedmm.runs.folder import latest_checkpoint, read_rows
 from fedmm.stages import align as aligning
@@ -163,7 +164,8 @@ def test_alignment_returns_the_best_it_has_seen_on_held_out_data(model, open_ite
     before = loss_of(model, start, open_items[6:])
     found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, steps=20, lr=1e-2, beta=0.0)
     assert found.kept > 0 and found.loss_before == pytest.approx(before)
-    assert loss_of(model, found.state, open_items[6:]) == pytest.approx(found.loss_after) < before
+    assert loss_of(model, found.state, open_items[6:]) == pytest.approx(found.loss_after)
+    assert found.loss_after < before and found.steps == 20
     assert found.state.keys() == start.keys()
 
 
@@ -209,14 +211,14 @@ def test_only_what_is_named_is_tuned(model, open_items):
         align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, trains=["shared.head.*"])
 
 
-@pytest.mark.parametrize("lr", [1e30, 3.0])
-def test_alignment_that_diverges_loses_nothing(model, open_items, lr):
-    """At the first rate the loss is not finite, at the other it only grows: the aggregate comes back, with the reason."""
+@pytest.mark.parametrize(("lr", "says"), [(1e30, "lower align.step.lr"), (1e-3, "held-out open data since step 0")])
+def test_alignment_that_diverges_loses_nothing(model, edge, processor, open_items, lr, says):
+    """At one rate the loss is not finite, at the other it only leads away: the aggregate comes back, with the reason."""
+    other = encode(edge, prepare([replace(e, answer="red blue") for e in some_examples(3)], processor, PROMPT))
     start = model.edge.state()
-    found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, lr=lr, check_every=1, beta=0.0)
-    assert found.kept == 0 and tree.digest(found.state) == tree.digest(start)
-    assert found.loss_after == found.loss_before and found.steps < 60
-    assert ("lower align.step.lr" if lr > 10 else "no better on held-out open data since step 0") in found.reason
+    found = align(model, start, open_items, no_teacher, other, 0, 1, lr=lr, check_every=5, beta=0.0)
+    assert found.kept == 0 and tree.digest(found.state) == tree.digest(start) and found.steps < 60
+    assert found.loss_after == found.loss_before and says in found.reason
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -248,8 +250,13 @@ def moved(path: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_clients_do_not_notice_the_stages(tmp_path, form):
-    """No message grows by a byte; the state differs from the plain run's, so the stages have done something."""
+def test_clients_do_not_notice_the_stages(tmp_path, monkeypatch, form):
+    """No message grows by a byte; the state differs from the plain run's, so the stages have done something.
+
+    The losses that go up beside an update are left out: their digits are more or fewer from run to run.
+    """
+    send = client_side._send
+    monkeypatch.setattr(client_side, "_send", lambda session, update: send(session, replace(update, metrics={})))
     plain = run(tmp_path / "plain", *FORMS[form], "arm=fedavg", "pretrain=none", "align=none")
     whole = run(tmp_path / "whole", *FORMS[form], "arm=mllmfl")
     assert moved(whole) == moved(plain)
@@ -260,10 +267,16 @@ def test_clients_do_not_notice_the_stages(tmp_path, form):
     assert ends[0].keys() == ends[1].keys() and tree.digest(ends[0]) != tree.digest(ends[1])
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing disturbs, with a home of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMM_HOME", str(tmp_path_factory.mktemp("home")))
+        return run(tmp_path_factory.mktemp("whole") / "run", "arm=mllmfl")
+
+
 @pytest.mark.parametrize("dies_in", ["captions", "pretraining", "alignment"])
-def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(tmp_path, monkeypatch, dies_in):
-    whole = run(tmp_path / "whole", "arm=mllmfl")
-    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "another home"))
+def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, dies_in):
     calls = []
 
     def dies(honest, at):
@@ -296,9 +309,10 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(tmp_path, monkey
 
 
 def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):
-    first = run(tmp_path / "first", "arm=fedavg_pretrained", "rounds=1")
+    asked = ["arm=fedavg_pretrained", "align=none", "rounds=1"]
+    first = run(tmp_path / "first", *asked)
     monkeypatch.setattr(learning, "losses", no_teacher)
-    second = run(tmp_path / "second", "arm=fedavg_pretrained", "rounds=1")
+    second = run(tmp_path / "second", *asked)
     assert (second / "rounds.jsonl").read_text() == (first / "rounds.jsonl").read_text()
 
 

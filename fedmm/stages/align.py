@@ -87,7 +87,7 @@ def align(
             optimizer.step()
         now = measured(model, held_out, batch_size) if step % check_every == 0 or step == steps else None
         if not torch.isfinite(total) or (now and not now[0] < float("inf")):
-            reason = f"the loss is {float(total):g} at step {step}; lower align.step.lr={lr:g}"
+            reason = f"the loss is {total.item():g} at step {step}; lower align.step.lr={lr:g}"
             break
         if now and now[0] < loss:
             (loss, accuracy), best, kept, worse = now, model.edge.state(), step, 0
