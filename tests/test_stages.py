@@ -211,14 +211,23 @@ def test_only_what_is_named_is_tuned(model, open_items):
         align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, trains=["shared.head.*"])
 
 
-@pytest.mark.parametrize(("lr", "says"), [(1e30, "lower align.step.lr"), (1e-3, "held-out open data since step 0")])
-def test_alignment_that_diverges_loses_nothing(model, edge, processor, open_items, lr, says):
-    """At one rate the loss is not finite, at the other it only leads away: the aggregate comes back, with the reason."""
-    other = encode(edge, prepare([replace(e, answer="red blue") for e in some_examples(3)], processor, PROMPT))
+def test_alignment_that_is_not_finite_gives_the_aggregate_back(model, open_items):
     start = model.edge.state()
-    found = align(model, start, open_items, no_teacher, other, 0, 1, lr=lr, check_every=5, beta=0.0)
+    found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, lr=1e30, check_every=5, beta=0.0)
     assert found.kept == 0 and tree.digest(found.state) == tree.digest(start) and found.steps < 60
-    assert found.loss_after == found.loss_before and says in found.reason
+    assert found.loss_after == found.loss_before and "lower align.step.lr" in found.reason
+
+
+def test_alignment_stops_where_held_out_data_get_worse(model, open_items, monkeypatch):
+    """Checked at steps 5, 10, ...: better at 5, worse at 10 and 15, which is enough for a patience of 2."""
+    told = iter([1.0, 0.9, 0.95, 0.92, 1.0, 0.1])
+    monkeypatch.setattr(aligning, "measured", lambda *_: (next(told), 0.5))
+    start = model.edge.state()
+    found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, check_every=5, patience=2, beta=0.0)
+    assert (found.steps, found.kept, found.loss_before, found.loss_after) == (15, 5, 1.0, 0.9)
+    assert found.reason == "no better on held-out open data since step 5"
+    five = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, steps=5, beta=0.0)
+    assert tree.digest(found.state) == tree.digest(five.state), "that of step 5, not the last"
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
