@@ -270,7 +270,12 @@ def test_clients_do_not_notice_the_stages(tmp_path, monkeypatch, form):
     whole = run(tmp_path / "whole", *FORMS[form], "arm=mllmfl")
     assert moved(whole) == moved(plain)
     rows = read_rows(whole / "stages.jsonl")
-    assert [(row["stage"], row["round"]) for row in rows] == [("pretrain", 0), ("align", 1), ("align", 2)]
+    assert [(row["stage"], row["round"]) for row in rows] == [
+        ("pretrain", 0),
+        ("open set", 0),
+        ("align", 1),
+        ("align", 2),
+    ]
     assert not (plain / "stages.jsonl").exists()
     ends = [latest_checkpoint(path)[1] for path in (plain, whole)]
     assert ends[0].keys() == ends[1].keys() and tree.digest(ends[0]) != tree.digest(ends[1])
@@ -314,7 +319,7 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path,
         [{k: v for k, v in row.items() if "seconds" not in k} for row in read_rows(p / "stages.jsonl")]
         for p in (again, whole)
     ]
-    assert about[0][1:] == about[1][1:], "what each alignment did, too"
+    assert about[0][2:] == about[1][2:], "what each alignment did, too"
 
 
 def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):
@@ -328,7 +333,7 @@ def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):
 def test_each_stage_has_its_override(tmp_path):
     """Off are the first, the third, and the second, where one alignment follows pretraining and no client trains."""
     not_pretrained = run(tmp_path / "1", "arm=mllmfl", "pretrain=none", "rounds=1")
-    assert [row["stage"] for row in read_rows(not_pretrained / "stages.jsonl")] == ["align"]
+    assert [row["stage"] for row in read_rows(not_pretrained / "stages.jsonl")] == ["open set", "align"]
     not_aligned = run(tmp_path / "3", "arm=mllmfl", "align=none", "rounds=1")
     assert [row["stage"] for row in read_rows(not_aligned / "stages.jsonl")] == ["pretrain"]
     no_clients = run(tmp_path / "2", "arm=mllmfl", "rounds=0")
@@ -358,7 +363,7 @@ def test_an_alignment_every_other_round_and_by_the_mllms_own_labels(tmp_path):
         "align.held_out=1",
     )
     rows = read_rows(path / "stages.jsonl")
-    assert [row["round"] for row in rows] == [2] and 0.5 < rows[0]["zero_shot"] < 0.95
+    assert [row["round"] for row in rows] == [0, 2] and 0.5 < rows[0]["zero_shot"] < 0.95
 
 
 def test_creff_runs_and_pays_for_what_its_clients_tell(tmp_path):

@@ -128,6 +128,7 @@ def columns(against: str, table_of: Sequence[Row]) -> tuple[Column, ...]:
         Column("features MB", lambda row, others: _megabytes(row.moved_bytes(lambda name: name == "features"))),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),
+        *_stage_columns(table_of),
         Column("LLM samples", lambda row, others: f"{_mean_of(row, 'llm_samples'):,.0f}"),
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
         Column("seeds", lambda row, others: str(len(row.by_seed)) if len(row.by_seed) > 1 else f"1 {ONE_SEED}"),
@@ -140,6 +141,16 @@ def _group_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         Column(f"{name} %", lambda row, others, name=name: percent(row.group(name).values()))  # type: ignore[misc]
         for name in GROUPS
         if any(row.group(name) for row in table_of)
+    )
+
+
+def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What the server's own stages took, where some row has them."""
+    if not any(_stages(row, "seconds") for row in table_of):
+        return ()
+    return (
+        Column("server's stages s", lambda row, others: f"{_stages(row, 'seconds'):.0f}"),
+        Column("LLM samples in them", lambda row, others: f"{_stages(row, 'llm_samples'):,.0f}"),
     )
 
 
@@ -283,6 +294,12 @@ def _held(row: Row) -> str:
 
 def _mean_of(row: Row, key: str) -> float:
     return statistics.fmean(found[key] for found in row.by_seed.values())
+
+
+def _stages(row: Row, key: str) -> float:
+    return statistics.fmean(
+        sum(stage[key] for stage in found.get("stages", {}).values()) for found in row.by_seed.values()
+    )
 
 
 def _megabytes(count: float) -> str:

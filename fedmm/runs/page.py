@@ -234,6 +234,36 @@ table are in the count.</p>
 frozen LLM. Peak memory is of the client's process, which in one-process runs is the server's too.</p>
 {% endif %}
 
+{% for arm in arms if arm.stages %}
+{% if loop.first %}
+<h2>At the server, beside the rounds</h2>
+{% endif %}
+<p class="note"><b>{{ arm.label }}.</b>
+{% if arm.stages.pretrain %}
+Pretraining: {{ arm.stages.pretrain.texts | count }} texts of an MLLM, {{ arm.stages.pretrain.steps | count }} steps,
+{{ "%.0f" | format(arm.stages.pretrain.seconds) }} s, {{ arm.stages.pretrain.llm_samples | count }} samples through the
+LLM; the encoder has {{ arm.stages.pretrain.parameters | count }} parameters, its teacher
+{{ arm.stages.pretrain.teacher_parameters | count }}.
+{% endif %}
+{% if arm.stages.open_set %}
+Alignment: {{ arm.stages.open_set.images }} open images to tune on and {{ arm.stages.open_set.held_out }} to stop by, of
+which the MLLM by itself knows {{ arm.stages.open_set.zero_shot | percent }}; {{ arm.stages.aligned | length }} times,
+{{ "%.0f" | format(arm.stages.seconds) }} s in all; the aggregate was kept as it was {{ arm.stages.kept }} times.
+{% endif %}
+</p>
+{% if arm.stages.aligned %}
+<div class="scroll"><table>
+<thead><tr><th>after round</th><th>steps</th><th>held-out loss before</th><th>after</th>
+<th>accuracy before</th><th>after</th></tr></thead>
+<tbody>
+{% for row in arm.stages.aligned %}
+<tr><td>{{ row.round }}</td><td>{{ row.kept }}</td><td>{{ "%.2f" | format(row.loss_before) }}</td>
+<td>{{ "%.2f" | format(row.loss_after) }}</td><td>{{ row.accuracy_before | percent }}</td>
+<td>{{ row.accuracy_after | percent }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
+{% endfor %}
 {% set ns = namespace(lost=false) %}
 {% for arm in arms if arm.lost or arm.unscored %}{% set ns.lost = true %}{% endfor %}
 {% if ns.lost %}

@@ -103,12 +103,32 @@ def _arm(folder: Path) -> dict[str, Any]:
         "questions": questions,
         "examples": {int(client): count for row in rounds for client, count in row["examples"].items()},
         "lost": lost,
+        "stages": _stages(read_rows(folder / "stages.jsonl")),
         "unscored": sorted(set(range(told["clients"])) - {int(part) for part in told["final"]["own"]}),
         "control": told["bytes"].get("control", [0, 0]),
         "link": [sum(both[i] for name, both in told["bytes"].items() if name != "control") for i in (0, 1)],
         "stored": _stored(folder, client),
         "means": _means(client),
     }
+
+
+def _stages(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the server did before the first round and after aggregations; None where it did nothing."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["stage"], []).append(row)
+    aligned = by_name.get("align", [])
+    return (
+        {
+            "pretrain": by_name.get("pretrain", [None])[0],
+            "open_set": by_name.get("open set", [None])[0],
+            "aligned": aligned,
+            "kept": sum(row["kept"] == 0 for row in aligned),
+            "seconds": sum(row["seconds"] for row in aligned),
+        }
+        if rows
+        else None
+    )
 
 
 def _stored(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:

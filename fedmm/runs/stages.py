@@ -75,24 +75,21 @@ class _Pretraining:
             file = home.home() / "captions" / f"{_key(OmegaConf.to_yaml(self.cfg.dataset))}.jsonl"
             prompt = self.held.backbone.prompt
             told = make(self.cfg.captions)(mllm.model, mllm.processor, prompt, open_examples(self.cfg), file)
-            said_seconds = time.perf_counter() - began
             made = place / f"{self._key(told.kept)}.safetensors"
-            losses: list[float] = []
             if not made.exists():
                 self.folder.event("pretraining", texts=len(told.kept), dropped=told.dropped, file=str(file))
                 notes = _NotesAt(made.with_suffix(".part"))
                 learn = make(self.cfg.pretrain.step)
                 losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, self.cfg.seed)
-                home.save(compact.state_dict(), made)
+                about = {"steps": len(losses), "loss": losses[-1], "llm_samples": mllm.llm.samples}
+                cost = json.dumps(about | {"seconds": time.perf_counter() - began})
+                home.save(compact.state_dict(), made, {"cost": cost})
                 notes.path.unlink(missing_ok=True)
             compact.load_state_dict(safetensors.torch.load_file(made))
-        if not self.folder.rows(ROWS):
-            self.folder.append(
-                ROWS, stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped,
-                captions_seconds=said_seconds, seconds=time.perf_counter() - began, llm_samples=mllm.llm.samples,
-                steps=len(losses), loss=losses[-1] if losses else None, parameters=_size(compact),
-                teacher_parameters=_size(mllm.encoder),
-            )  # fmt: skip
+        with safetensors.safe_open(made, "pt") as file:
+            cost = json.loads(file.metadata()["cost"])  # of whoever made it
+        sizes = {"parameters": _size(compact), "teacher_parameters": _size(mllm.encoder)}
+        _once(self.folder, stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped, **sizes, **cost)
 
     def _looks(self, mllm: MLLM, examples: Sequence[Example]) -> list[Look]:
         side = make(self.cfg.compact).side
@@ -113,8 +110,10 @@ class Alignment:
         """`own` is the backbone as it is, the MLLM; `held` what the arm's clients train on. Raises ValueError where
         there is no open image of a class."""
         self.cfg, self.folder = cfg, folder
+        began = time.perf_counter()
         with _threads(cfg.align.threads):
-            mllm, built = the_mllm(cfg, own), server_model(cfg, held)
+            self._mllm = mllm = the_mllm(cfg, own)
+            built = server_model(cfg, held)
             self.model = built.model
             examples = open_examples(cfg)
             names = held.card["classes"] if cfg.head == "classes" else answers_of(examples)
@@ -140,13 +139,14 @@ class Alignment:
                 self.teacher = self._class_scores
             else:
                 self._asked = mllm.ready([examples[i] for i in chosen])
-                self._mllm = mllm.model
                 self.teacher = self._own_answers
-        self.folder.event("align", images=len(chosen), held_out=len(held_out), zero_shot=self.agreement)
+        cost = {"seconds": time.perf_counter() - began, "llm_samples": mllm.llm.samples}
+        about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
+        _once(folder, stage="open set", round=0, **about, **cost)
 
     def __call__(self, round: int, state: State) -> State:
         """The aggregate of a round, aligned. It is on the disk in the clients' updates until the round is whole."""
-        began = time.perf_counter()
+        began, samples = time.perf_counter(), self._samples()
         start = initial_state(self.cfg, self.model.edge, "shared") | unfolded(state)
         with _threads(self.cfg.align.threads):
             found: Aligned = make(self.cfg.align.step)(
@@ -155,20 +155,24 @@ class Alignment:
         if found.reason:
             log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
         about = {key: value for key, value in asdict(found).items() if key != "state"}
-        about |= {"seconds": time.perf_counter() - began, "zero_shot": self.agreement}
+        about |= {"seconds": time.perf_counter() - began, "llm_samples": self._samples() - samples}
         self.folder.append(ROWS, stage="align", round=round, **about)
         self.folder.event("aligned", round=round, **about)
         return {name: found.state[name] for name in state}
+
+    def _samples(self) -> int:
+        """What has gone through the LLM so far, for the MLLM's word and for the federated model's."""
+        return sum(llm.samples for llm in {self._mllm.llm, self.model.llm} if isinstance(llm, LocalLLM))
 
     def _class_scores(self, indices: Sequence[int], batch: Batch) -> Tensor:
         return self._scores_NC[list(indices)][:, None]
 
     @torch.no_grad()
     def _own_answers(self, indices: Sequence[int], batch: Batch) -> Tensor:
-        return self._mllm(collate([self._asked[i] for i in indices]), ())
+        return self._mllm.model(collate([self._asked[i] for i in indices]), ())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MLLM:
     """The host's own LLM with its own encoder and no adapters in use."""
 
@@ -204,6 +208,12 @@ def open_examples(cfg: Config) -> Sequence[Example]:
     if examples := splits(cfg).get("public"):
         return examples
     raise ValueError("the stages at the server need open images, and there are none; raise dataset.public")
+
+
+def _once(folder: RunFolder, **row: Any) -> None:
+    """Write a row about what is done once a run: a run that goes on has it already."""
+    if not any(there["stage"] == row["stage"] for there in folder.rows(ROWS)):
+        folder.append(ROWS, **row)
 
 
 class _NotesAt:

@@ -66,6 +66,11 @@ def write_summary(folder: Path) -> dict[str, Any]:
             llm_samples += int(row.get("llm_samples", 0))  # where the LLM is at the client
             held = row.get("edge_parameters", 0.0) + row.get("trained_parameters", 0.0)
             client_parameters = max(client_parameters, held)
+    stages: dict[str, dict[str, float]] = {}
+    for row in read_rows(folder / "stages.jsonl"):
+        told = stages.setdefault(row["stage"], {"seconds": 0.0, "llm_samples": 0})
+        told["seconds"] += row["seconds"]
+        told["llm_samples"] += row["llm_samples"]
     rounds = read_rows(folder / "rounds.jsonl")
     scored = scores(folder)
     nothing: dict[str, Any] = {"global": None, "own": {}}
@@ -81,6 +86,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "final": final,
         "bytes": dict(moved),
         "llm_samples": llm_samples,
+        "stages": stages,
         "client_parameters": client_parameters,
         "seconds": _seconds(folder),
         "lost": sum(len(row["lost"]) for row in rounds),
