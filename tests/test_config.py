@@ -204,6 +204,18 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
 @pytest.mark.parametrize(
     ("asked", "knob"),
     [
+        (["arm=mllmfl"], "set compact=resnet8, or pretrain=none"),
+        (["arm=creff"], "method.retrained is a classifier's second head; set head=classes"),
+        (["head=classes"], "head=classes needs a network under it; set compact=resnet8"),
+        (["scenario=long_tail", "arm=creff", "align=mllm"], "align does not go with method.retrained; set align=none"),
+        (["scenario=long_tail", "arm=local", "align=mllm"], "align tunes the shared state"),
+        (["scenario=long_tail", "arm=local", "pretrain=mllm"], "pretrain reaches clients in the shared state"),
+        (["scenario=long_tail", "arm=ffa_lora"], "the schema lets nothing train"),
+        (["scenario=long_tail", "edge.ranks=[1,2]"], "head=classes has none; set edge.ranks=null"),
+        (["scenario=long_tail", "classes=[a,a]"], "classes must be different"),
+        (["scenario=long_tail", "run.has_data=false", "evaluate.groups=null"], "takes the names from the data"),
+        (["compact=resnet8", "llm.where=client"], "llm.where=client runs that one; set compact=none"),
+        (["compact=resnet8", "edge.lora.rank=2"], "set it to 0, or compact=none"),
         (["arm=feddat", "rule=stack"], "whose one set is shared"),
         (["arm=flora", "inner=lora", "llm.where=client"], "LoRA"),
         (["arm=feddpa", "schema=freeze_a"], "leave schema=... out"),

@@ -198,6 +198,9 @@ def _check_head(cfg: Config) -> Iterator[str]:
         yield "compact stands in the place of the LLM's own encoder, llm.where=client runs that one; set compact=none"
     if cfg.compact and cfg.edge.lora.rank:
         yield f"edge.lora.rank={cfg.edge.lora.rank} trains in the LLM's own encoder; set it to 0, or compact=none"
+    if cfg.pretrain.step and cfg.head == "classes" and "shared" not in cfg.method.sets:
+        sets = list(cfg.method.sets)
+        yield f"pretrain reaches clients in the shared state, method.sets={sets} has none; set pretrain=none"
     if cfg.pretrain.step and not cfg.compact:
         yield "pretrain trains a compact encoder; set compact=resnet8, or pretrain=none"
     if cfg.align.step and "shared" not in cfg.method.sets:
@@ -271,10 +274,13 @@ def _rehearse(cfg: Config) -> Iterator[str]:
     one_set = _one_set(cfg) if "shared" in cfg.method.sets else {}
     try:
         schema, rule = make(cfg.schema), make(cfg.rule)
+        every = [f"{name}.{key}" for name in cfg.method.sets for key in _one_set(cfg)]
         current = {name: one_set[name] for name in schemas.sent(schema, cfg.rounds, one_set)}
         rounds = {schema(round, cfg.rounds).sends: round for round in range(1, cfg.rounds + 1)}  # of each kind, one
         for round in rounds.values():
             names = schemas.sent(schema, cfg.rounds, one_set, round)
+            if every and not any(schemas.fits(name, schema(round, cfg.rounds).trains) for name in every):
+                yield f"in round {round} the schema lets nothing train of what clients have; set schema=all"
             alike = (_alike(cfg, client, {name: one_set[name] for name in names}) for client in clients)
             merged, _ = rule(current, alike, {})
             if set(cfg.method.sets) > {"shared"} and any(name.endswith(".folded") for name in merged):

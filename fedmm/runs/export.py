@@ -28,6 +28,11 @@ def export(run: Path, into: Path) -> int:
         raise ValueError(f"with {cfg.label} every client keeps its own {own[0]!r}: no one model is there to export")
     if not state:
         raise ValueError(f"{run} has no shared adapters: with {cfg.label} every client keeps its own")
+    if cfg.get("compact"):  # not in a run from before there were any
+        raise ValueError(
+            f"{run} has clients with a compact network of their own, which is no part of a Hugging Face LLaVA; its "
+            "values are in checkpoints/"
+        )
     backbone = config.make(cfg.llm)
     held = Whole(backbone, edge_parts.take(backbone.model, backbone.processor), {})
     start = initial_state(cfg, local_model(cfg, held)[0].edge, "shared")  # what never travelled is at its start

@@ -127,6 +127,7 @@ class _Watched:
         self.labels: list[str] = []  # of all arms, the main one first
         self.arms: dict[Path, _Arm] = {}  # by folder, in the order in which they began
         self.end: dict[str, Any] | None = None
+        self.stage = ""  # what the server does by itself, while it does
         self._offsets: dict[Path, int] = {}
 
     def read(self) -> Iterator[tuple[_Arm | None, dict[str, Any]]]:
@@ -157,6 +158,7 @@ class _Watched:
     def _apply(self, folder: Path, event: dict[str, Any]) -> _Arm | None:
         """Take the event in; returns the arm it is about."""
         kind = event["event"]
+        self.stage = f"{event['label']}: {event['says']}" if kind == "stage" else ""
         if kind in ENDS:
             self.end = event
         elif kind == "run":
@@ -246,6 +248,8 @@ class _Lines:
         arm, event = what
         if event["event"] == "run":
             _say(self._console, f"run: {', '.join(state.labels)}")
+        elif event["event"] == "stage":
+            _say(self._console, state.stage)
         elif arm and event["event"] == "round":
             _say(self._console, _round_line(state, arm))
         elif arm and event["event"] == "arm_finished":
@@ -282,7 +286,13 @@ def _panel(state: _Watched) -> Group | Text:
     for label in state.labels:
         arm = seen.get(label)
         grid.add_row(*(_row(arm, arm is state.current) if arm else (" ", Text(label, style="dim"))))
-    return Group(grid, *([_wires(state)] if state.arms else [Text("waiting for the clients and the LLM", style="dim")]))
+    return Group(grid, _below(state))
+
+
+def _below(state: _Watched) -> Text:
+    if state.stage:
+        return Text(f"  {state.stage}", style="dim")
+    return _wires(state) if state.arms else Text("waiting for the clients and the LLM", style="dim")
 
 
 def _row(arm: _Arm, current: bool) -> tuple[Any, ...]:

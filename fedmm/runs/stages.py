@@ -74,11 +74,14 @@ class _Pretraining:
             mllm = the_mllm(self.cfg, self.held)
             file = home.home() / "captions" / f"{_key(OmegaConf.to_yaml(self.cfg.dataset))}.jsonl"
             prompt = self.held.backbone.prompt
+            self._says(f"open images are described, into {file}")
             told = make(self.cfg.captions)(mllm.model, mllm.processor, prompt, open_examples(self.cfg), file)
             made = place / f"{self._key(told.kept)}.safetensors"
             if not made.exists():
-                self.folder.event("pretraining", texts=len(told.kept), dropped=told.dropped, file=str(file))
-                notes = _NotesAt(made.with_suffix(".part"))
+                steps = self.cfg.pretrain.step.get("steps", "the last")
+                notes = _NotesAt(
+                    made.with_suffix(".part"), lambda step: self._says(f"pretraining, step {step} of {steps}")
+                )
                 learn = make(self.cfg.pretrain.step)
                 losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, self.cfg.seed)
                 about = {"steps": len(losses), "loss": losses[-1], "llm_samples": mllm.llm.samples}
@@ -90,6 +93,9 @@ class _Pretraining:
             cost = json.loads(file.metadata()["cost"])  # of whoever made it
         sizes = {"parameters": _size(compact), "teacher_parameters": _size(mllm.encoder)}
         _once(self.folder, stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped, **sizes, **cost)
+
+    def _says(self, says: str) -> None:
+        self.folder.event("stage", label=self.cfg.label, says=says)
 
     def _looks(self, mllm: MLLM, examples: Sequence[Example]) -> list[Look]:
         side = make(self.cfg.compact).side
@@ -111,6 +117,7 @@ class Alignment:
         there is no open image of a class."""
         self.cfg, self.folder = cfg, folder
         began = time.perf_counter()
+        folder.event("stage", label=cfg.label, says="the MLLM is asked about the open images")
         with _threads(cfg.align.threads):
             self._mllm = mllm = the_mllm(cfg, own)
             built = server_model(cfg, held)
@@ -219,8 +226,8 @@ def _once(folder: RunFolder, **row: Any) -> None:
 class _NotesAt:
     """Notes in a file beside what they become."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, noted: Callable[[int], None]) -> None:
+        self.path, self._noted = path, noted
 
     def read(self) -> tuple[int, State] | None:
         if not self.path.exists():
@@ -230,6 +237,7 @@ class _NotesAt:
 
     def write(self, step: int, state: State) -> None:
         home.save({**state, "step": torch.tensor(step)}, self.path)
+        self._noted(step)
 
 
 @contextmanager
