@@ -339,13 +339,19 @@ def test_each_stage_has_its_override(tmp_path):
     no_clients = run(tmp_path / "2", "arm=mllmfl", "rounds=0")
     assert [(row["stage"], row["round"]) for row in read_rows(no_clients / "stages.jsonl")] == [
         ("pretrain", 0),
+        ("open set", 0),
         ("align", 0),
     ]
+    _, state, _ = latest_checkpoint(no_clients)
+    began = load_file(no_clients / "compact.safetensors")
+    trunk = [name for name in state if name.startswith("trunk")]
+    made, start = (torch.cat([of[name].flatten() for name in trunk]) for of in (state, began))
+    assert 0 < (made - start).abs().mean() < 0.1 * start.abs().mean(), "it is the pretrained encoder, aligned"
     assert not (no_clients / "rounds.jsonl").exists()
 
 
 def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
-    with pytest.raises(ValueError, match=r"fewer than two are of class 10; raise dataset.public, set align.labels"):
+    with pytest.raises(ValueError, match=r"fewer than two are of class 10; raise dataset.public, or set align.labels"):
         run(tmp_path / "run", "arm=mllmfl", "pretrain=none", "classes=[0,1,2,3,4,5,6,7,8,9,10]")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
     with pytest.raises(ValueError, match="need open images, and there are none; raise dataset.public"):

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fedmm.edge import compact
-from fedmm.edge.prepare import Prepared, content_of
+from fedmm.edge.prepare import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.losses import Mutual, branch_losses
 from fedmm.types import Batch, Embeds, Example, Squares, State, TokenTerm
@@ -152,7 +152,7 @@ class Classes:
                     image=torch.ones(1, dtype=torch.bool),
                     answer=torch.tensor([place[example.answer]], dtype=torch.int32),
                     truth=example.answer,
-                    content=content_of(example.images),
+                    content="",  # names features in a cache, of which there are none
                     pixels=functools.partial(_pixels, examples, i, self.side),
                 )
             )

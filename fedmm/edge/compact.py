@@ -57,8 +57,9 @@ def resnet(
     """
     if len(depths) != len(widths) or not depths or min(depths) < 1:
         raise ValueError(f"compact.depths={list(depths)} and compact.widths={list(widths)} must be as many, above 0")
-    if any(width % CHANNELS_A_GROUP for width in widths):
-        raise ValueError(f"compact.widths={list(widths)} must be multiples of {CHANNELS_A_GROUP}, a norm's group")
+    least = CHANNELS_A_GROUP * (4 if layer == "bottleneck" else 1)  # inside a bottleneck are a quarter of the channels
+    if any(width % least for width in widths):
+        raise ValueError(f"compact.widths={list(widths)} must be multiples of {least}, so that norms have whole groups")
     return Plan(tuple(depths), tuple(widths), layer, stem, side)
 
 

@@ -73,7 +73,7 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
 
 def sent(schema: AnySchema, rounds: int, names: Iterable[str], round: int | None = None) -> list[str]:
     """Those of the shared set's names that go up in `round`, or in any round: these are what the server holds."""
-    some = [round] if round else range(1, rounds + 1)
+    some = [round] if round else range(1, max(1, rounds) + 1)  # without rounds the server may have one all the same
     patterns = {pattern for r in some for pattern in schema(r, rounds).sends}
     return [name for name in names if fits(f"shared.{name}", patterns)]
 

@@ -86,12 +86,13 @@ def run_arm(
     if folder.finished:
         return
     torch.set_num_threads(cfg.threads)
+    resumed = folder.resume()
     compact = pretrained(cfg, whole, folder)
     held = for_arm(cfg, whole, compact)
     backbone, parts, card = held.backbone, held.parts, held.card
     first = server_state(cfg, server_edge(cfg, held), compact)
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
-    start, current, memory = folder.resume() or (0, first, {})
+    start, current, memory = resumed or (0, first, {})
     if cfg.evaluate.groups:
         home.write(folder.path / summary.CLASSES, json.dumps(class_counts(cfg)).encode())
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
@@ -123,8 +124,9 @@ def run_arm(
     ) as host:
         arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host, align)
         rule = make(cfg.rule)
-        if align and not cfg.rounds:  # the stages at the server alone
+        if align and not cfg.rounds and not resumed:  # the stages at the server alone
             current = align(0, current)
+            folder.save_checkpoint(0, current, memory)
         for round in range(start + 1, cfg.rounds + 1):
             current, memory = arm.train_round(round, current, memory, rule)
         arm.score_round(cfg.rounds + 1, current)

@@ -211,13 +211,18 @@ def server_edge(cfg: Config, held: Whole) -> Edge:
     return build_edge(cfg, held.parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0]
 
 
-def cached_encoder(cfg: Config, parts: Mapping[str, Tensor], digest: str) -> CachedEncoder | None:
-    """Where batches take features from. None: nothing is kept, they hold pixels, and the edge encodes in every step."""
+def cached_encoder(
+    cfg: Config, parts: Mapping[str, Tensor], digest: str, rounds_by: str | None = None
+) -> CachedEncoder | None:
+    """Where batches take features from. None: nothing is kept, they hold pixels, and the edge encodes in every step.
+
+    Features are rounded as the link's are, or by the codec `rounds_by`.
+    """
     bounds = cfg.edge.cache_memory_mb << 20, cfg.edge.cache_disk_mb << 20
     if cfg.edge.lora.rank or not any(bounds):
         return None
     build = functools.partial(edge_parts.build_encoder, parts)
-    codec = Codecs(features=cfg.link.codec.features).of("features")
+    codec = Codecs(features=rounds_by or cfg.link.codec.features).of("features")
     return CachedEncoder(build, _store(home.home() / "features", *bounds), digest[:32], codec)
 
 

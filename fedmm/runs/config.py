@@ -141,7 +141,8 @@ def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
 def check(cfg: Config) -> Iterator[str]:
     """Every mistake in a composed configuration, one line each, with the knob to turn."""
     for path, low in AT_LEAST.items():
-        if (value := OmegaConf.select(typing.cast(DictConfig, cfg), path)) < low:
+        value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
+        if isinstance(value, int | float) and value < low:  # of a step that is off there is none
             yield f"{path} must be at least {low:g}, got {value:g}"
     if cfg.clients_per_round is not None and not 1 <= cfg.clients_per_round <= cfg.clients:
         yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
@@ -194,6 +195,10 @@ def check(cfg: Config) -> Iterator[str]:
 def _check_head(cfg: Config) -> Iterator[str]:
     """What goes with head=classes, where clients run no LLM, and what does not."""
     at_client = cfg.llm.get("where", "server") == "client"
+    try:
+        make(cfg.compact)
+    except (ConfigError, TypeError, ValueError) as error:
+        yield str(error)
     if cfg.compact and at_client:
         yield "compact stands in the place of the LLM's own encoder, llm.where=client runs that one; set compact=none"
     if cfg.compact and cfg.edge.lora.rank:
@@ -212,6 +217,8 @@ def _check_head(cfg: Config) -> Iterator[str]:
         if cfg.method.retrained:
             yield "method.retrained is a classifier's second head; set head=classes, or choose another method"
         return
+    if cfg.method.retrained and not str((cfg.rule or {}).get("_target_")).endswith(".creff"):
+        yield "method.retrained answers by a head that rule=creff alone trains; set rule=creff"
     if not cfg.compact:
         yield "head=classes needs a network under it; set compact=resnet8"
     if cfg.inner or at_client:
@@ -283,6 +290,8 @@ def _rehearse(cfg: Config) -> Iterator[str]:
                 yield f"in round {round} the schema lets nothing train of what clients have; set schema=all"
             alike = (_alike(cfg, client, {name: one_set[name] for name in names}) for client in clients)
             merged, _ = rule(current, alike, {})
+            if cfg.align.step and any(name.endswith(".folded") for name in merged):
+                yield "align does not see what the rule folds into the base; set align=none, or rule=exact_lowrank"
             if set(cfg.method.sets) > {"shared"} and any(name.endswith(".folded") for name in merged):
                 yield (
                     f"the rule folds products into the base, on which method.sets={list(cfg.method.sets)} stand too; "

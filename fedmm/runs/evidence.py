@@ -311,6 +311,8 @@ def _zero_shot(data: str, arms: Sequence[Row]) -> Row | None:
     by_seed: dict[int, Mapping[str, Any]] = {}
     for row in arms:
         for seed, found in row.by_seed.items() if row.data == data else ():
+            if found.get("stages"):  # the server had begun before the first round
+                continue
             known = by_seed.get(seed)
             better = known is None or (known["final"]["global"] is None and found["zero_shot"]["global"] is not None)
             if found["zero_shot"]["own"] and better:

@@ -246,8 +246,10 @@ LLM; the encoder has {{ arm.stages.pretrain.parameters | count }} parameters, it
 {{ arm.stages.pretrain.teacher_parameters | count }}.
 {% endif %}
 {% if arm.stages.open_set %}
-Alignment: {{ arm.stages.open_set.images }} open images to tune on and {{ arm.stages.open_set.held_out }} to stop by, of
-which the MLLM by itself knows {{ arm.stages.open_set.zero_shot | percent }}; {{ arm.stages.aligned | length }} times,
+Alignment: {{ arm.stages.open_set.images }} open images to tune on and {{ arm.stages.open_set.held_out }} to stop by
+{%- if arm.stages.open_set.zero_shot is not none %}
+ (of the former the MLLM by itself knows {{ arm.stages.open_set.zero_shot | percent }})
+{%- endif %}; {{ arm.stages.aligned | length }} times,
 {{ "%.0f" | format(arm.stages.seconds) }} s in all; the aggregate was kept as it was {{ arm.stages.kept }} times.
 {% endif %}
 </p>

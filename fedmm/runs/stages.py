@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,18 +30,18 @@ from torch import Tensor
 from fedmm import seeds, tree
 from fedmm.edge import compact as compacts
 from fedmm.edge import parts as edge_parts
-from fedmm.edge.folding import unfolded
 from fedmm.edge.prepare import Prepared, Processor, collate, encode, prepare
 from fedmm.evaluate.answers import answers as answers_to
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs import home
-from fedmm.runs.build import Whole, answers_of, cached_encoder, initial_state, server_model, splits
+from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model, splits
 from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
-from fedmm.stages.align import Aligned
+from fedmm.stages.align import Aligned, Teacher
+from fedmm.stages.captions import fingerprint
 from fedmm.stages.pretrain import Look
 from fedmm.stages.scores import agreement, balanced_set, class_scores
 from fedmm.types import Batch, Example, State
@@ -53,10 +54,14 @@ def pretrained(cfg: Config, held: Whole, folder: RunFolder) -> State | None:
     """The values of the compact encoder that `cfg` asks for: pretrained, or as drawn; None where there is none."""
     if not cfg.compact:
         return None
+    here = folder.path / "compact.safetensors"
+    if here.exists():  # a run that goes on does so with its own
+        return safetensors.torch.load_file(here)
     compact = edge_parts.empty_compact(held.parts, make(cfg.compact))
     compacts.reset(compact, seeds.generator(cfg.seed, "compact"))
     if cfg.pretrain.step:
         _Pretraining(cfg, held, folder).run(compact)
+    home.save(compact.state_dict(), here)
     return tree.clone(compact.state_dict())
 
 
@@ -70,13 +75,17 @@ class _Pretraining:
         """Give `compact` the values that it learns from what the MLLM says."""
         began = time.perf_counter()
         place = home.home() / "pretrained"
+        self._says("pretraining begins, or waits for another process that does the same")
         with _threads(self.cfg.pretrain.threads), _alone(place):
             mllm = the_mllm(self.cfg, self.held)
-            file = home.home() / "captions" / f"{_key(OmegaConf.to_yaml(self.cfg.dataset))}.jsonl"
+            who = _key(*(OmegaConf.to_yaml(node) for node in (self.cfg.captions.writer, self.cfg.llm)))
+            file = home.home() / "captions" / f"{who}.jsonl"
             prompt = self.held.backbone.prompt
             self._says(f"open images are described, into {file}")
-            told = make(self.cfg.captions)(mllm.model, mllm.processor, prompt, open_examples(self.cfg), file)
-            made = place / f"{self._key(told.kept)}.safetensors"
+            told = make(self.cfg.captions)(
+                mllm.model, mllm.processor, prompt, open_examples(self.cfg), file, self._says
+            )
+            made = place / f"{self._key(mllm, told.kept)}.safetensors"
             if not made.exists():
                 steps = self.cfg.pretrain.step.get("steps", "the last")
                 notes = _NotesAt(
@@ -102,11 +111,15 @@ class _Pretraining:
         looks = [functools.partial(compacts.pixels, example.images, side) for example in examples]
         return [Look(item, look) for item, look in zip(mllm.ready(examples), looks, strict=True)]
 
-    def _key(self, captions: Sequence[Any]) -> str:
+    def _key(self, mllm: MLLM, captions: Sequence[Any]) -> str:
+        """Of all that the encoder's bits depend on."""
+        import transformers
+
         cfg = self.cfg
+        whose = fingerprint(mllm.model, mllm.processor, self.held.backbone.prompt)
         said = json.dumps([asdict(caption) for caption in captions])
         nodes = [OmegaConf.to_yaml(node) for node in (cfg.pretrain, cfg.compact)]
-        return _key(said, self.held.card["edge"], str(cfg.seed), torch.__version__, *nodes)
+        return _key(said, whose, str(cfg.seed), torch.__version__, transformers.__version__, *nodes)
 
 
 class Alignment:
@@ -119,64 +132,81 @@ class Alignment:
         began = time.perf_counter()
         folder.event("stage", label=cfg.label, says="the MLLM is asked about the open images")
         with _threads(cfg.align.threads):
-            self._mllm = mllm = the_mllm(cfg, own)
+            self._mllm, self._prompt = the_mllm(cfg, own), own.backbone.prompt
             built = server_model(cfg, held)
             self.model = built.model
             examples = open_examples(cfg)
-            names = held.card["classes"] if cfg.head == "classes" else answers_of(examples)
-            scores_NC = None
-            if cfg.head == "classes":
-                place = home.home() / "scores"
-                with _alone(place):
-                    prompt = own.backbone.prompt
-                    scores_NC = class_scores(mllm.model, mllm.processor, prompt, examples, names, path=place)
-                said = [names[i] for i in scores_NC.argmax(-1).tolist()]
-            else:
-                said = mllm.said(examples)
-            self.agreement = agreement(said, [example.answer for example in examples])
             if cfg.align.labels == "mllm":
-                examples = [replace(e, answer=a) for e, a in zip(examples, said, strict=True)]
-            align, generator = cfg.align, seeds.generator(cfg.seed, "balanced")
-            answers = [example.answer for example in examples]
-            chosen, held_out = balanced_set(answers, names, align.per_class, align.held_out, generator)
-            self.items = built.ready([examples[i] for i in chosen])
-            self.held_out = built.ready([examples[i] for i in held_out])
-            if scores_NC is not None:
-                self._scores_NC = scores_NC[chosen]
-                self.teacher = self._class_scores
-            else:
-                self._asked = mllm.ready([examples[i] for i in chosen])
-                self.teacher = self._own_answers
-        cost = {"seconds": time.perf_counter() - began, "llm_samples": mllm.llm.samples}
+                said = self._said(examples, held.card.get("classes"))
+                examples = [replace(e, answer=answer) for e, answer in zip(examples, said, strict=True)]
+            labels = [example.answer for example in examples]
+            names = held.card.get("classes") or [name for name, count in Counter(labels).items() if count > 1]
+            drawn = seeds.generator(cfg.seed, "balanced")
+            chosen, held_out = balanced_set(labels, names, cfg.align.per_class, cfg.align.held_out, drawn)
+            some = [examples[i] for i in chosen]
+            self.items, self.held_out = (_held(built.ready(part)) for part in (some, [examples[i] for i in held_out]))
+            self.agreement = None
+            if asks := cfg.align.labels == "mllm" or cfg.align.step.get("beta", 1.0):
+                truths = [open_examples(cfg)[i].answer for i in chosen]
+                said = self._said(some, held.card.get("classes"))
+                self.agreement = agreement(said, truths) if all(truths) else None
+            self.teacher = self._teacher(some, held.card.get("classes")) if asks else _nobody
+        cost = {"seconds": time.perf_counter() - began, "llm_samples": self._samples()}
         about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
         _once(folder, stage="open set", round=0, **about, **cost)
 
     def __call__(self, round: int, state: State) -> State:
         """The aggregate of a round, aligned. It is on the disk in the clients' updates until the round is whole."""
         began, samples = time.perf_counter(), self._samples()
-        start = initial_state(self.cfg, self.model.edge, "shared") | unfolded(state)
+        initial_state(self.cfg, self.model.edge, "shared")  # of what no client sends
         with _threads(self.cfg.align.threads):
             found: Aligned = make(self.cfg.align.step)(
-                self.model, start, self.items, self.teacher, self.held_out, self.cfg.seed, round
+                self.model, state, self.items, self.teacher, self.held_out, self.cfg.seed, round
             )
         if found.reason:
             log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
-        about = {key: value for key, value in asdict(found).items() if key != "state"}
+        about = {key: value for key, value in vars(found).items() if key != "state"}
         about |= {"seconds": time.perf_counter() - began, "llm_samples": self._samples() - samples}
         self.folder.append(ROWS, stage="align", round=round, **about)
         self.folder.event("aligned", round=round, **about)
-        return {name: found.state[name] for name in state}
+        return found.state
 
     def _samples(self) -> int:
         """What has gone through the LLM so far, for the MLLM's word and for the federated model's."""
         return sum(llm.samples for llm in {self._mllm.llm, self.model.llm} if isinstance(llm, LocalLLM))
 
-    def _class_scores(self, indices: Sequence[int], batch: Batch) -> Tensor:
-        return self._scores_NC[list(indices)][:, None]
+    def _scores(self, examples: Sequence[Example], names: Sequence[str]) -> Tensor:
+        """The MLLM's scores of the class names, from where they are kept or made."""
+        place, mllm = home.home() / "scores", self._mllm
+        with _alone(place):
+            return class_scores(mllm.model, mllm.processor, self._prompt, examples, names, path=place)
 
-    @torch.no_grad()
-    def _own_answers(self, indices: Sequence[int], batch: Batch) -> Tensor:
-        return self._mllm.model(collate([self._asked[i] for i in indices]), ())
+    def _said(self, examples: Sequence[Example], names: Sequence[str] | None) -> list[str]:
+        """What the MLLM answers: of class names the likeliest, else what it says."""
+        if names is None:
+            return self._mllm.said(examples)
+        return [names[i] for i in self._scores(examples, names).argmax(-1).tolist()]
+
+    def _teacher(self, examples: Sequence[Example], names: Sequence[str] | None) -> Teacher:
+        if names is not None:
+            scores_NC = self._scores(examples, names)
+            return lambda indices, batch: scores_NC[list(indices)][:, None]
+        asked, model = self._mllm.ready(examples), self._mllm.model
+
+        @torch.no_grad()
+        def answers(indices: Sequence[int], batch: Batch) -> Tensor:
+            return model(collate([asked[i] for i in indices]), ())
+
+        return answers
+
+
+def _held(items: Sequence[Prepared]) -> list[Prepared]:
+    """The items with their pixels in memory once they were asked for: there are few, seen in every round."""
+    return [replace(item, pixels=functools.cache(item.pixels)) for item in items]
+
+
+def _nobody(indices: Sequence[int], batch: Batch) -> Tensor:
+    raise AssertionError("without beta the MLLM is not asked")
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +228,9 @@ class MLLM:
 
 def the_mllm(cfg: Config, held: Whole) -> MLLM:
     """The backbone as a whole, its encoder among it, in modules of its own on the same memory."""
-    llm = LocalLLM(twin(held.backbone.model))
+    llm = LocalLLM(twin(held.backbone.model), checkpointing=held.backbone.checkpointing)
     edge, processor = edge_parts.build(held.parts, rank=1)
-    cached = cached_encoder(cfg, held.parts, held.card["edge"])
+    cached = cached_encoder(cfg, held.parts, held.card["edge"], "none")
 
     def ready(examples: Sequence[Example]) -> list[Prepared]:
         items = prepare(examples, processor, held.backbone.prompt, cached)

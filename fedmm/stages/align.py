@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmm import seeds
 from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.schema import fits
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
 from fedmm.types import Batch, State
@@ -59,27 +60,31 @@ def align(
     check_every: int = 10,
     patience: int = 2,
 ) -> Aligned:
-    """Tune what `trains` names of the shared set from `state`, and return the best of what was held against `held_out`.
+    """Tune what `trains` names of `state`, and return the best of what was held against `held_out`.
+
+    What else the shared set has, which no client sends, stays as it is.
 
     It is checked every `check_every` steps, and stops when it was worse than the best `patience` times in a row, or is
     not finite. A step's batch is a function of (seed, round, step).
     """
-    model.edge.load(state)
-    model.edge.freeze_all_but(trains)
+    model.edge.load(model.edge.state() | state)
+    model.edge.freeze_all_but([name for name in (f"shared.{key}" for key in state) if fits(name, trains)])
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"align.step.trains={list(trains)} names nothing; there are {', '.join(model.edge.named())}")
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     loss, accuracy = first = measured(model, held_out, batch_size)
-    best, kept, worse, reason, step = dict(state), 0, 0, "", 0
+    best, kept, worse, reason, step = state, 0, 0, "", 0
     for step in range(1, steps + 1):
         generator = seeds.generator(seed, "align", round, step)
         picks = torch.randint(len(items), (min(batch_size, len(items)),), generator=generator).tolist()
         batch = collate([items[i] for i in picks])
         logits_BAV = model(batch)
-        total = answer_cross_entropy(logits_BAV, batch.labels_BA)
+        labels_BA = batch.labels_BA.to(logits_BAV.device)
+        total = answer_cross_entropy(logits_BAV, labels_BA)
         if beta:
-            total = total + beta * divergence(teacher(picks, batch), logits_BAV, batch.labels_BA, temperature)
+            says_BAV = teacher(picks, batch).to(logits_BAV.device)
+            total = total + beta * divergence(says_BAV, logits_BAV, labels_BA, temperature)
         optimizer.zero_grad(set_to_none=True)
         if torch.isfinite(total):
             total.backward()
@@ -90,12 +95,16 @@ def align(
             reason = f"the loss is {total.item():g} at step {step}; lower align.step.lr={lr:g}"
             break
         if now and now[0] < loss:
-            (loss, accuracy), best, kept, worse = now, model.edge.state(), step, 0
+            (loss, accuracy), best, kept, worse = now, _of(model, state), step, 0
         elif now and (worse := worse + 1) >= patience:
             reason = f"no better on held-out open data since step {kept}"
             break
-    model.edge.load(best)
     return Aligned(best, step, kept, first[0], loss, first[1], accuracy, reason)
+
+
+def _of(model: Model, state: State) -> State:
+    own = model.edge.state()
+    return {name: own[name] for name in state}
 
 
 @torch.no_grad()

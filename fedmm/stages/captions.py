@@ -28,6 +28,7 @@ from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.types import Example
 
+NOTED_CHUNKS = 20
 OWN_QUESTION = "{question}"
 """Where an example's own question stands in a prompt."""
 _PLACE = "<image>"  # of a further image in a question, as datasets write it
@@ -67,6 +68,7 @@ def captions(
     prompt: str,
     examples: Sequence[Example],
     path: Path,
+    noted: Callable[[str], None] | None = None,
     *,
     writer: Callable[[Model, Processor, str], Writer],
     prompts: Sequence[str],
@@ -78,15 +80,21 @@ def captions(
 ) -> Captions:
     """`write`, `keep` and `training` in a row; a node of conf/captions/ gives this with everything behind `*`.
 
-    `model`, `processor` and `prompt` are the host's own, and `path` the jsonl.
+    `model`, `processor` and `prompt` are the host's own, and `path` the jsonl; `noted` hears how far it is.
     """
-    said = write(examples, writer(model, processor, prompt), prompts, path, chunk=chunk)
+    said = write(examples, writer(model, processor, prompt), prompts, path, noted, chunk=chunk)
     kept, dropped = keep(said, min_words=min_words, max_words=max_words, repetition=repetition, agree=agree)
     return Captions(training(kept, examples), kept, dropped)
 
 
 def write(
-    examples: Sequence[Example], writer: Writer, prompts: Sequence[str], path: Path, *, chunk: int = 64
+    examples: Sequence[Example],
+    writer: Writer,
+    prompts: Sequence[str],
+    path: Path,
+    noted: Callable[[str], None] | None = None,
+    *,
+    chunk: int = 64,
 ) -> list[Caption]:
     """Ask every prompt of every image, once; examples without images are passed over.
 
@@ -107,6 +115,8 @@ def write(
             file.write("".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made))
             file.flush()
             there |= {(caption.image, caption.prompt): caption for caption in made}
+            if noted and start // chunk % NOTED_CHUNKS == 0:
+                noted(f"{len(there)} texts of {len(asked)} about open images are in {path}")
     return [there[one.image, one.prompt] for one in asked]
 
 

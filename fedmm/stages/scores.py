@@ -83,14 +83,12 @@ def balanced_set(
     `answers` are the classes of all open examples; of one that is not among `names` none is taken. A class with fewer
     gives all it has, in the same shares, and a warning says how many. One with less than two raises ValueError.
     """
-    wanted, rows = (
-        per_class + held_out,
-        {name: [i for i, answer in enumerate(answers) if answer == name] for name in names},
-    )
+    wanted = per_class + held_out
+    rows = {name: [i for i, answer in enumerate(answers) if answer == name] for name in names}
     if empty := [name for name, own in rows.items() if len(own) < 2]:
         raise ValueError(
             f"of {len(answers)} open examples fewer than two are of class {', '.join(empty)}; raise "
-            "dataset.public, set align.labels to another source, or leave the classes out of classes=[...]"
+            "dataset.public, or set align.labels to another source"
         )
     if short := {name: len(own) for name, own in rows.items() if len(own) < wanted}:
         log.warning("fewer than %d open examples of %d classes; all of them are taken: %s", wanted, len(short), short)
