@@ -204,6 +204,11 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
 @pytest.mark.parametrize(
     ("asked", "knob"),
     [
+        (["scenario=long_tail", "arm=creff", "rule=mean"], "a head that rule=creff alone trains; set rule=creff"),
+        (["align=mllm", "arm=flora"], "align does not see what the rule folds into the base; set align=none"),
+        (["align=mllm", "align.step.check_every=0"], "align.step.check_every must be at least 1, got 0"),
+        (["scenario=long_tail", "compact.widths=[8,12,16]"], "compact.widths=[8, 12, 16] must be multiples of 8"),
+        (["scenario=long_tail", "compact.layer=bottleneck"], "must be multiples of 32"),
         (["arm=mllmfl"], "set compact=resnet8, or pretrain=none"),
         (["arm=creff"], "method.retrained is a classifier's second head; set head=classes"),
         (["head=classes"], "head=classes needs a network under it; set compact=resnet8"),

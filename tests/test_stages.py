@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPT, some_examples
+from safetensors.torch import load_file
 
 from fedmm import seeds, tree
 from fedmm.edge import compact, parts
@@ -19,6 +20,7 @@ from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
 from fedmm.runs import client as client_side
 from fedmm.runs import config
+from fedmm.runs.export import export
 from fedmm.runs.folder import latest_checkpoint, read_rows
 from fedmm.stages import align as aligning
 from fedmm.stages import pretrain as learning
@@ -320,6 +322,12 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path,
         for p in (again, whole)
     ]
     assert about[0][2:] == about[1][2:], "what each alignment did, too"
+
+
+def test_a_compact_network_is_not_exported_as_the_backbone_it_is_not(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"compact network of their own, which is no part of a Hugging Face LLaVA"):
+        export(whole, tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ from unittest import mock
 from omegaconf import OmegaConf
 
 from fedmm.bench.common import Case, Size
-from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Prepared, encode, prepare
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.rounds import find_clients, run_arm
@@ -73,7 +72,6 @@ def _alone(cfg: Config, held: Whole) -> float:
     seconds = 0.0
     for client in [0] if cfg.pooled else range(cfg.clients):
         own = [examples[i] for part in held_parts(cfg, client) for i in indices[part]]
-        assert isinstance(model.edge, NanoEdge)
         items = encode(model.edge, prepare(own, processor, held.backbone.prompt))
         began = time.perf_counter()
         _train(cfg, client, model, items)

@@ -18,6 +18,7 @@ from fedmm.codecs import Codec
 from fedmm.edge import base
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.nano_edge import NanoEdge
+from fedmm.edge.sets import Edge
 from fedmm.store import Store
 from fedmm.types import IGNORE, Batch, Example
 
@@ -117,12 +118,12 @@ def content_of(images: Sequence[Image.Image]) -> str:
     return total.hexdigest()
 
 
-def encode(edge: NanoEdge, items: Sequence[Prepared], codec: Codec = "none") -> list[Prepared]:
+def encode(edge: Edge, items: Sequence[Prepared], codec: Codec = "none") -> list[Prepared]:
     """The items with features in the place of pixels, in memory; see `CachedEncoder` for another place.
 
     That is exact while the encoder is frozen, but for what another codec than none rounds.
     """
-    encoder = edge.encoder
+    encoder = edge.encoder if isinstance(edge, NanoEdge) else None
     assert isinstance(encoder, Encoder), "an edge built without its encoder makes no features"
     cached = CachedEncoder(lambda: encoder, Store(memory_bytes=1 << 40), "memory", codec)
     cached.fill(items)

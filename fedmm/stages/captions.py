@@ -189,7 +189,6 @@ def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64
     """The host's own LLM with no adapters in use: greedy answers."""
 
     def say(asked: Sequence[Example]) -> list[str]:
-        assert isinstance(model.edge, NanoEdge)
         items = encode(model.edge, prepare(asked, processor, prompt))  # an image of several prompts is encoded once
         found = answers(model, items, processor.tokenizer, use=(), batch_size=batch_size, max_tokens=max_tokens)
         return [answer.said for answer in found]

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.model import Model
 from fedmm.stages.captions import fingerprint, mend
@@ -106,7 +105,6 @@ def _log_p(
 ) -> Float[Tensor, "N C"]:
     """log p(name, stop | image, question), summed over tokens. An image is encoded once, its prompt read C times."""
     asked = [replace(example, answer=name) for example in examples for name in names]
-    assert isinstance(model.edge, NanoEdge)
     items = encode(model.edge, prepare(asked, processor, prompt))
     sums = []
     for start in range(0, len(items), batch_size):
