@@ -18,6 +18,7 @@ from fedmm.data.scenes import compose
 from fedmm.edge import compact
 from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.prepare import collate
+from fedmm.edge.schema import fits
 from fedmm.evaluate.answers import answers
 from fedmm.methods.creff import tell
 from fedmm.model import Model
@@ -125,6 +126,16 @@ def test_every_method_trains_it(items, name):
     if cfg.method.fisher:
         found = config.make(cfg.method.fisher)(model, items, out.last)
         assert found.keys() == anchor.keys() and any(tensor.any() for tensor in found.values())
+
+
+def test_creffs_schema_leaves_the_servers_head_alone_and_sends_all():
+    """Every name travels, so that the server has both heads and is told gradients; trunk and head alone are trained."""
+    now = config.make(config.compose(["arm=creff", "scenario=long_tail"]).schema)(1, 2)
+    edge = built(retrained=True)
+    edge.freeze_all_but(now.trains)
+    held = {name for name, parameter in edge.named().items() if not parameter.requires_grad}
+    assert held == {"shared.retrained.weight", "shared.retrained.bias", "shared.gradients"}
+    assert all(fits(name, now.sends) for name in edge.named())
 
 
 # --- CReFF ------------------------------------------------------------------------------------------------------------

@@ -354,7 +354,8 @@ def test_each_stage_has_its_override(tmp_path):
     began = load_file(no_clients / "compact.safetensors")
     trunk = [name for name in state if name.startswith("trunk")]
     made, start = (torch.cat([of[name].flatten() for name in trunk]) for of in (state, began))
-    assert 0 < (made - start).abs().mean() < 0.1 * start.abs().mean(), "it is the pretrained encoder, aligned"
+    assert (made - start).abs().mean() < 0.1 * start.abs().mean(), "it is the pretrained encoder, aligned"
+    assert torch.equal(made, start) == (read_rows(no_clients / "stages.jsonl")[-1]["kept"] == 0)
     assert not (no_clients / "rounds.jsonl").exists()
 
 
