@@ -49,14 +49,14 @@ def take_files(config: PretrainedConfig, processor: ProcessorMixin) -> State:
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in _FILES]
-        return {f"file/{p.name}": torch.from_numpy(np.frombuffer(p.read_bytes(), np.uint8).copy()) for p in paths}
+        return {f"file/{path.name}": _as_tensor(path.read_bytes()) for path in paths}
 
 
 def with_compact(parts: State, plan: Plan, state: State) -> State:
     """The frozen parts with a compact encoder, its state given, in the place of the large one."""
     kept = {name: tensor for name, tensor in parts.items() if not name.startswith("encoder/")}
-    about = torch.from_numpy(np.frombuffer(json.dumps(asdict(plan)).encode(), np.uint8).copy())
-    return kept | {f"encoder/{name}": tensor for name, tensor in state.items()} | {_COMPACT: about}
+    own = {f"encoder/{name}": tensor for name, tensor in state.items()}
+    return kept | own | {_COMPACT: _as_tensor(json.dumps(asdict(plan)).encode())}
 
 
 def empty_compact(parts: Mapping[str, torch.Tensor], plan: Plan) -> Compact:
@@ -172,6 +172,10 @@ def _images(parts: Mapping[str, torch.Tensor]) -> Any:
     from transformers import AutoImageProcessor
 
     return _from_files(AutoImageProcessor, parts)
+
+
+def _as_tensor(raw: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
 
 
 def _plan(parts: Mapping[str, torch.Tensor]) -> Plan:

@@ -131,26 +131,28 @@ class Alignment:
         self.cfg, self.folder = cfg, folder
         began = time.perf_counter()
         folder.event("stage", label=cfg.label, says="the MLLM is asked about the open images")
+        by_mllm = cfg.align.labels == "mllm"
         with _threads(cfg.align.threads):
-            self._mllm, self._prompt = the_mllm(cfg, own), own.backbone.prompt
+            asks = by_mllm or bool(cfg.align.step.get("beta", 1.0))
+            self._mllm = the_mllm(cfg, own) if asks else None
             built = server_model(cfg, held)
             self.model = built.model
-            examples = open_examples(cfg)
-            if cfg.align.labels == "mllm":
-                said = self._said(examples, held.card.get("classes"))
-                examples = [replace(e, answer=answer) for e, answer in zip(examples, said, strict=True)]
-            labels = [example.answer for example in examples]
-            names = held.card.get("classes") or [name for name, count in Counter(labels).items() if count > 1]
+            examples, classes = open_examples(cfg), held.card.get("classes")
+            truths = [example.answer for example in examples]
+            said, scores_NC = self._word(own, examples, classes) if by_mllm else ([], None)
+            labels = said if by_mllm else truths
+            names = classes or [name for name, count in Counter(labels).items() if count > 1]
             drawn = seeds.generator(cfg.seed, "balanced")
             chosen, held_out = balanced_set(labels, names, cfg.align.per_class, cfg.align.held_out, drawn)
-            some = [examples[i] for i in chosen]
-            self.items, self.held_out = (_held(built.ready(part)) for part in (some, [examples[i] for i in held_out]))
-            self.agreement = None
-            if asks := cfg.align.labels == "mllm" or cfg.align.step.get("beta", 1.0):
-                truths = [open_examples(cfg)[i].answer for i in chosen]
-                said = self._said(some, held.card.get("classes"))
-                self.agreement = agreement(said, truths) if all(truths) else None
-            self.teacher = self._teacher(some, held.card.get("classes")) if asks else _nobody
+            some, others = ([replace(examples[i], answer=labels[i]) for i in part] for part in (chosen, held_out))
+            self.items, self.held_out = _held(built.ready(some)), _held(built.ready(others))
+            if by_mllm:
+                said, scores_NC = [said[i] for i in chosen], None if scores_NC is None else scores_NC[chosen]
+            elif asks:
+                said, scores_NC = self._word(own, some, classes)
+            known = [truths[i] for i in chosen]
+            self.agreement = agreement(said, known) if asks and all(known) else None
+            self.teacher = _teacher(self._mllm, some, scores_NC) if self._mllm else _nobody
         cost = {"seconds": time.perf_counter() - began, "llm_samples": self._samples()}
         about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
         _once(folder, stage="open set", round=0, **about, **cost)
@@ -173,31 +175,33 @@ class Alignment:
 
     def _samples(self) -> int:
         """What has gone through the LLM so far, for the MLLM's word and for the federated model's."""
-        return sum(llm.samples for llm in {self._mllm.llm, self.model.llm} if isinstance(llm, LocalLLM))
+        llms = {self.model.llm, *((self._mllm.llm,) if self._mllm else ())}
+        return sum(llm.samples for llm in llms if isinstance(llm, LocalLLM))
 
-    def _scores(self, examples: Sequence[Example], names: Sequence[str]) -> Tensor:
-        """The MLLM's scores of the class names, from where they are kept or made."""
+    def _word(
+        self, own: Whole, examples: Sequence[Example], classes: Sequence[str] | None
+    ) -> tuple[list[str], Tensor | None]:
+        """What the MLLM answers; of class names the likeliest, and its scores of them, from where they are kept."""
+        assert self._mllm is not None
+        if classes is None:
+            return self._mllm.said(examples), None
         place, mllm = home.home() / "scores", self._mllm
         with _alone(place):
-            return class_scores(mllm.model, mllm.processor, self._prompt, examples, names, path=place)
+            scores_NC = class_scores(mllm.model, mllm.processor, own.backbone.prompt, examples, classes, path=place)
+        return [classes[i] for i in scores_NC.argmax(-1).tolist()], scores_NC
 
-    def _said(self, examples: Sequence[Example], names: Sequence[str] | None) -> list[str]:
-        """What the MLLM answers: of class names the likeliest, else what it says."""
-        if names is None:
-            return self._mllm.said(examples)
-        return [names[i] for i in self._scores(examples, names).argmax(-1).tolist()]
 
-    def _teacher(self, examples: Sequence[Example], names: Sequence[str] | None) -> Teacher:
-        if names is not None:
-            scores_NC = self._scores(examples, names)
-            return lambda indices, batch: scores_NC[list(indices)][:, None]
-        asked, model = self._mllm.ready(examples), self._mllm.model
+def _teacher(mllm: MLLM, examples: Sequence[Example], scores_NC: Tensor | None) -> Teacher:
+    """The MLLM's word on these examples: its scores of class names, else its own answer distribution."""
+    if scores_NC is not None:
+        return lambda indices, batch: scores_NC[list(indices)][:, None]
+    asked = mllm.ready(examples)
 
-        @torch.no_grad()
-        def answers(indices: Sequence[int], batch: Batch) -> Tensor:
-            return model(collate([asked[i] for i in indices]), ())
+    @torch.no_grad()
+    def answers(indices: Sequence[int], batch: Batch) -> Tensor:
+        return mllm.model(collate([asked[i] for i in indices]), ())
 
-        return answers
+    return answers
 
 
 def _held(items: Sequence[Prepared]) -> list[Prepared]:

@@ -62,10 +62,9 @@ def align(
 ) -> Aligned:
     """Tune what `trains` names of `state`, and return the best of what was held against `held_out`.
 
-    What else the shared set has, which no client sends, stays as it is.
-
-    It is checked every `check_every` steps, and stops when it was worse than the best `patience` times in a row, or is
-    not finite. A step's batch is a function of (seed, round, step).
+    What else the shared set has, which no client sends, stays as it is. The state is checked every `check_every` steps;
+    tuning stops when it was worse than the best `patience` times in a row, or is not finite. A step's batch is a
+    function of (seed, round, step).
     """
     model.edge.load(model.edge.state() | state)
     model.edge.freeze_all_but([name for name in (f"shared.{key}" for key in state) if fits(name, trains)])

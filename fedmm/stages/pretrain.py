@@ -25,6 +25,7 @@ from fedmm import seeds
 from fedmm.edge.compact import Compact
 from fedmm.edge.prepare import Prepared, collate
 from fedmm.model import Model
+from fedmm.train import rate_share
 from fedmm.types import State
 
 FIRST = 256  # looks from which mean and spread of the teacher's features are taken
@@ -106,7 +107,7 @@ def pretrain(
     taken: list[float] = []
     for step in range(done + 1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+            group["lr"] = lr * rate_share("cosine", step, steps)
         picks = torch.randint(len(looks), (batch_size,), generator=seeds.generator(seed, "pretrain", step)).tolist()
         w = weight(schedule, step, steps, ramp)
         said, distance = losses(model, compact, [looks[i] for i in picks], w, texts if text else 0)

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
+from fedmm.evaluate.answers import Answer
 from fedmm.model import Model
 from fedmm.stages.captions import fingerprint, mend
 from fedmm.types import IGNORE, Example
@@ -70,7 +71,7 @@ def agreement(said: Sequence[str], truths: Sequence[str]) -> float:
     """
     if len(said) != len(truths) or not truths:
         raise ValueError(f"{len(said)} answers for {len(truths)} truths; wanted as many, and at least one")
-    return sum(a.strip().casefold() == b.strip().casefold() for a, b in zip(said, truths, strict=True)) / len(truths)
+    return sum(Answer("", *pair).right for pair in zip(said, truths, strict=True)) / len(truths)
 
 
 def balanced_set(
