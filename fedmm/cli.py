@@ -109,7 +109,13 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
     try:
         tuned = sweep.search(tune)
         done = sweep.run(
-            path, overrides, tuned, at_once=at_once, check=server_app.plan, say=lambda text: print(text, flush=True)
+            path,
+            overrides,
+            tuned,
+            at_once=at_once,
+            check=server_app.plan,
+            say=lambda text: print(text, flush=True),
+            against=against,
         )
         rows = evidence.rows([job.path for job in done])
         print(results.write(path / "results.md", rows, against, command, [path]).read_text())
@@ -131,7 +137,7 @@ def _compare(dirs: list[Path], against: str | None, into: Path | None) -> int:
     asked = ["--against", against] if against else []
     try:
         rows = evidence.rows(results.runs_of(dirs))
-        print(evidence.markdown(rows, evidence.columns(evidence.against(rows, against), rows)))
+        print(evidence.markdown(rows, evidence.columns(against, rows)))
         if into:
             print(results.write(into, rows, against, shlex.join(["fedmm", "compare", *map(str, dirs), *asked]), dirs))
     except ValueError as error:

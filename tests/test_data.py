@@ -585,6 +585,18 @@ def test_public_scenes_may_be_asked_and_laid_out_apart():
     assert [e.images[0].tobytes() for e in made["train"]] == [e.images[0].tobytes() for e in same["train"]]
 
 
+def test_public_digits_are_drawn_with_a_pen_as_often_as_asked(monkeypatch):
+    shares = []
+    monkeypatch.setattr(
+        scenes, "open_digits", lambda *a, pen, **k: shares.append(pen) or glyphs.open_digits(*a, pen=pen, **k)
+    )
+    options = {"train": 10, "validation": 0, "test": 0, "public": 30}
+    pen, prints = scenes.scenes(**options), scenes.scenes(**options, public_pen=0.0)
+    assert shares == [0.6, 0.0]
+    assert [e.images[0].tobytes() for e in pen["train"]] == [e.images[0].tobytes() for e in prints["train"]]
+    assert [e.images[0].tobytes() for e in pen["public"]] != [e.images[0].tobytes() for e in prints["public"]]
+
+
 # --- the yaml of both groups ----------------------------------------------------------------------------------------
 
 

@@ -110,8 +110,9 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
 
 
 def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
-    assert not {"many %", "medium %", "few %"} & {column.heading for column in evidence.columns("FedAvg", [])}
-    assert "few %" not in page(evidence.rows(runs))
+    bare = evidence.rows(runs)
+    assert not {"many %", "medium %", "few %"} & {column.heading for column in evidence.columns("FedAvg", bare)}
+    assert "few %" not in page(bare)
     made = []
     for seed, few in enumerate((2, 4, 6)):
         score = {"global": 0.5, "own": {"0": 0.5}, "groups": {"many": [9, 10], "few": [few, 10]}}
@@ -251,11 +252,11 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
         for label, right in (("FedAvg", 0.6), ("local", 0.5))
     ]
     rows = evidence.rows(runs)
-    assert evidence.against(rows, None) == "FedAvg"
+    assert evidence.against([row.label for row in rows], None) == "FedAvg"
     for rank in (4, 8):
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0"
         assert cell(rows, f"local, edge.rank={rank}", "own - FedAvg") == "-10.0"
-    assert evidence.against([row for row in rows if "local" in row.label], None) == "local, edge.rank=4"
+    assert evidence.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
     table = evidence.by_client(rows).splitlines()
     assert table[2] == "| domain | FedAvg, edge.rank=4 | +10.0 |"
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from fedmm.cli import main
 from fedmm.runs import config, evidence, results, sweep
 
 ASKED = [
@@ -64,3 +65,9 @@ def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):
     made = sweep.jobs(tmp_path, asked)
     assert [config.load(job.overrides).compare for job in made] == [[], []] and config.load(asked[:1]).compare
     assert sweep.jobs(tmp_path, ["arm=fedavg"])[0].overrides[0] == "arm=fedavg" and "compare=[]" not in made[0].name
+
+
+def test_an_arm_to_set_against_that_is_none_is_told_before_any_run(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "sweep"), *ASKED, "--against", "FedAvgg"]) == 2
+    assert "'FedAvgg' is no arm here; there are 'FedAvg', 'local'" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()

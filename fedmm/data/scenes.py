@@ -180,14 +180,16 @@ def scenes(
     layouts: Sequence[str] = ("taught",),
     public_kinds: Sequence[str] | None = None,
     public_layouts: Sequence[str] = ("taught",),
+    public_pen: float = 0.6,
     even: bool = False,
 ) -> dict[str, Sequence[Example]]:
     """Handwritten scenes for the clients and, where wanted, open ones for anybody.
 
     Styles and layouts come in even shares, independent of each other, and so do the kinds within a layout, which are
     those of `kinds` that it can be asked. `public_kinds` (None: `kinds`) and `public_layouts` say the same of public
-    scenes. `vocabulary` overrides that of every site; `kept` are the model's words that every vocabulary keeps: the
-    fewer, the less the model understands before it is tuned. `even`: of scenes of one digit, each digit as often.
+    scenes, `public_pen` the share of their digits drawn with a pen: the less, the farther from handwriting.
+    `vocabulary` overrides that of every site; `kept` are the model's words that every vocabulary keeps: the fewer, the
+    less the model understands before it is tuned. `even`: of scenes of one digit, each digit as often.
     Splits share no glyph and are drawn apart: the size of one changes nothing in another.
     """
     sizes = {"train": train, "validation": validation, "test": test}
@@ -208,7 +210,7 @@ def scenes(
     }
     rng = np.random.default_rng([seed, len(sizes)])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, generator)
+    bank = open_digits(min(_BANK, 30 + 3 * public) if public else 0, generator, pen=public_pen)
     asked = kinds if public_kinds is None else public_kinds
     shown = compose("public", rng, public, bank, ("plain",), "english", asked, layouts=public_layouts, even=even)
     return {**made, "public": shown}

@@ -113,15 +113,16 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     )
 
 
-def columns(against: str, table_of: Sequence[Row]) -> tuple[Column, ...]:
-    """What a comparison of these rows shows; `against` is the label of the arm that the others are set against."""
+def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What a comparison of these rows shows; `asked` as in `against`. Raises ValueError where it is no arm."""
+    chosen = against([row.label for row in table_of], asked)
     return (
         *short_columns([])[:4],
         *_group_columns(table_of),
         Column("spread", lambda row, others: percent(row.over_clients(statistics.pstdev).values())),
         *(
             Column(f"own - {label}", lambda row, others, label=label: _gap(row, partner(row, others, label)))  # type: ignore[misc]
-            for label in dict.fromkeys((against, LOCAL))
+            for label in dict.fromkeys((chosen, LOCAL))
         ),
         Column("clients better off", lambda row, others: _better_off(row, partner(row, others, LOCAL))),
         Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link))),
@@ -216,9 +217,9 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
     return None if found is row else found
 
 
-def against(rows: Sequence[Row], asked: str | None) -> str:
+def against(labels: Sequence[str], asked: str | None) -> str:
     """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none."""
-    labels = list(dict.fromkeys(row.label for row in rows if row.label != ZERO_SHOT))
+    labels = [label for label in dict.fromkeys(labels) if label != ZERO_SHOT]
     wanted = asked or FEDAVG
     if any(label == wanted or label.startswith(f"{wanted}, ") for label in labels):
         return wanted

@@ -39,7 +39,7 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
         "# Results",
         f"`{command}`, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores.",
         READING,
-        evidence.markdown(rows, evidence.columns(evidence.against(rows, against), rows)),
+        evidence.markdown(rows, evidence.columns(against, rows)),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]
     if gains := evidence.by_client(rows):

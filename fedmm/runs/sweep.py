@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import config, home
+from fedmm.runs import config, evidence, home
 from fedmm.runs.folder import alone
 from fedmm.types import FedmmError
 
@@ -122,10 +122,11 @@ def best(tuned: Search, tried: Sequence[Job]) -> dict[str, Any]:
 
 
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
-        say: Callable[[str], None]) -> list[Job]:  # fmt: skip
+        say: Callable[[str], None], against: str | None = None) -> list[Job]:  # fmt: skip
     """Run what is not done yet; returns the runs, all done. `check` plans a run's overrides and raises ValueError.
+    `against`: the label of an arm that must be among them.
 
-    Raises ConfigError with the mistakes of all runs before any starts, also where a folder holds another run, and
+    Raises ValueError with the mistakes of all runs before any starts, also where a folder holds another run, and
     FedmmError at the end where runs failed; the others are then done.
     """
     if "=" in path.name or (path / "config.yaml").exists():
@@ -135,7 +136,7 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     final = jobs(path / "runs", overrides)
     unplaced = [replace(job, overrides=job.overrides[:-1]) for job in final]  # their folders hold what tuning chose
     _check([*tune_jobs, *unplaced] if tuned else final, check)
-    _told_apart(final)
+    evidence.against(_told_apart(final), against)
     with alone(path):
         _run_all(tune_jobs, at_once, say)
         chosen = {cell: best(tuned, tried) for cell, tried in cells.items()} if tuned else {}
@@ -205,8 +206,8 @@ def _check(asked: Sequence[Job], check: Callable[[list[str]], Any]) -> None:
         raise config.ConfigError("\n".join(lines))
 
 
-def _told_apart(planned: Sequence[Job]) -> None:
-    """Raises ConfigError where two runs would stand in one row of the table with one seed."""
+def _told_apart(planned: Sequence[Job]) -> list[str]:
+    """The labels there will be. Raises ConfigError where two runs would stand in one row of the table with one seed."""
     seen: dict[tuple[str, str, int], str] = {}
     for job in planned:
         cfg = config.compose(job.overrides)
@@ -216,6 +217,7 @@ def _told_apart(planned: Sequence[Job]) -> None:
                 "or a sweep for each with its label=..."
             )
         seen[row] = job.name
+    return list(dict.fromkeys(label for _, label, _ in seen))
 
 
 def _several(found: Mapping[str, Sequence[str]]) -> list[str]:
