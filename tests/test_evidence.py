@@ -126,6 +126,15 @@ def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
     assert [column.heading for column in evidence.short_columns(rows)][3:6] == headings[3:6]
 
 
+def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path):
+    made = [
+        write_arm(tmp_path / f"x{seed}", "X", seed, {"0": 0.5}, product_error=off) for seed, off in ((0, 0.1), (1, 0.3))
+    ]
+    rows = evidence.rows([*made, write_arm(tmp_path / "old", "FedAvg", 0, {"0": 0.5})])
+    assert cell(rows, "X", "product error %").startswith("20.0 ± ")
+    assert cell(rows, "FedAvg", "product error %") == cell(rows, "zero-shot", "product error %") == "–"
+
+
 # ---- the sweep's plan ---------------------------------------------------------------------------------------------
 
 

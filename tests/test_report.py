@@ -58,7 +58,8 @@ def write_arm(folder: RunFolder, label: str, rounds: int = ROUNDS) -> RunFolder:
         if round < rounds:
             lost = {"1": "<i>late</i>"} if round == 1 else {}
             folder.append("rounds.jsonl", round=round + 1, clients=[0, 1], lost=lost,
-                          examples={"0": 4, "1": 4}, loss={"0": 1.5}, state="ab12")  # fmt: skip
+                          examples={"0": 4, "1": 4}, loss={"0": 1.5}, state="ab12",
+                          product_error={"shared.text": 0.01 * round, "shared.image": 0.02 * round})  # fmt: skip
             folder.event("round", round=round + 1, loss=1.5, lost={}, seconds=0.2)
     return folder
 
@@ -173,6 +174,11 @@ def test_the_table_has_groups_where_they_were_asked_for(tmp_path, html):
 def test_the_count_of_what_a_client_stores_includes_adapters(html):
     text = " ".join(Page(html).text.split())
     assert "A client stores 410 k, which is 59.0% less than the 1.00 M of the whole model" in text
+
+
+def test_what_the_rule_misses_of_the_products_is_told(run, html):
+    assert json.loads((run / "summary.json").read_text())["product_error"] == pytest.approx(0.015)
+    assert "1.5% (FedNano), 1.5% (FedAvg)" in " ".join(html.split())
 
 
 def test_text_from_the_network_is_escaped(html):

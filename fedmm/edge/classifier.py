@@ -39,7 +39,7 @@ class Net(nn.Module):
 
     def forward(self, pixels_MCHW: Float[Tensor, "M C H W"]) -> Float[Tensor, "M F"]:
         """What a head reads."""
-        return self.trunk(pixels_MCHW).mean((2, 3))
+        return self.trunk(compact.channels_last(pixels_MCHW)).mean((2, 3))
 
 
 class Classifier(Edge):

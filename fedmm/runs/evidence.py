@@ -56,6 +56,11 @@ class Row:
         found = {seed: told["final"].get("groups", {}).get(name) for seed, told in self.by_seed.items()}
         return {seed: both[0] / both[1] for seed, both in found.items() if both}
 
+    def product_error(self) -> dict[int, float]:
+        """How far the rule's products are from the mean of the clients', by seed, where there are any."""
+        found = {seed: told.get("product_error") for seed, told in self.by_seed.items()}  # older runs do not tell
+        return {seed: error for seed, error in found.items() if error is not None}
+
     def over_clients(self, figure: Callable[[Iterable[float]], float]) -> dict[int, float]:
         """One figure of the clients' own accuracies, by seed."""
         return {seed: figure(own.values()) for seed, own in self.own().items()}
@@ -125,6 +130,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
             for label in dict.fromkeys((chosen, LOCAL))
         ),
         Column("clients better off", lambda row, others: _better_off(row, partner(row, others, LOCAL))),
+        Column("product error %", lambda row, others: percent(row.product_error().values())),
         Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link))),
         Column("features MB", lambda row, others: _megabytes(row.moved_bytes(lambda name: name == "features"))),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),

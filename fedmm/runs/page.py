@@ -156,6 +156,13 @@ mean over clients of each one's accuracy on all of them. <i>Own</i> is each clie
 over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB are those
 of rounds and scoring, the link's and Flower's; frozen parts (once a machine) and features (once a sample and run, so
 that of several arms the first pays) stand below, by channel; seconds are from an arm's first event to its last.</p>
+{% set merged = arms | selectattr('product_error', 'number') | list %}
+{% if merged %}
+<p class="note">Adapters act through their products <i>B A</i>. A rule that merges <i>A</i> and <i>B</i> apart
+misses the mean of the clients' products, here by
+{% for arm in merged %}{{ arm.product_error | percent }} ({{ arm.label }}){{ ', ' if not loop.last }}{% endfor %}
+of its size, mean over adapters and rounds.</p>
+{% endif %}
 
 <h2>Accuracy by round</h2>
 {% set own = arms | rejectattr('curve.everybody') | map(attribute='label') | list %}

@@ -14,8 +14,9 @@ from fedmm.runs import evidence, home, plots, summary
 READING = """\
 Mean over seeds and 95% interval (Student's t), differences paired by seed. *Own* is each client's accuracy on its own
 test part, mean over clients, *worst client* the lowest and *spread* the standard deviation of them; *global* is on
-everybody's test questions. *Clients better off* counts clients times seeds that are served better than alone. *LLM
-samples* went through the frozen LLM, once for each branch of a step, a backward not counted apart."""
+everybody's test questions. *Clients better off* counts clients times seeds that are served better than alone. *Product
+error* is how far the adapters' merged products B A are from the mean of the clients', relative to that, over rounds.
+*LLM samples* went through the frozen LLM, once for each branch of a step, a backward not counted apart."""
 
 
 def runs_of(paths: Sequence[Path]) -> list[Path]:

@@ -3,6 +3,8 @@
 `global` is accuracy on everybody's test examples: of the one shared model, or, for personal models, the mean over
 clients of each one's accuracy on all of them. `own` is each client's accuracy on its own part. `groups`, where
 `evaluate.groups` asks for them, are (right, count) of many, medium and few classes over everybody's own parts.
+`product_error` is how far the merged products B A are from the mean of the clients' products, relative to that: mean
+over adapters, then over rounds; None of what has no low-rank adapters, or where it was too much work to tell.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "client_parameters": client_parameters,
         "seconds": _seconds(folder),
         "lost": sum(len(row["lost"]) for row in rounds),
+        "product_error": _product_error(rounds),
         "state": rounds[-1]["state"] if rounds else None,
     }
     home.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
@@ -104,6 +108,11 @@ def _groups(folder: Path, cfg: Any, round: int) -> dict[str, Any]:
     rows = [row for row in read_rows(folder / "predictions.jsonl") if row["round"] == round]
     said = {(row["part"], row["id"]): Answer(row["id"], row["said"], row["truth"]) for row in rows}  # a resumed: twice
     return {"groups": tally(((answer.truth, answer.right) for answer in said.values()), groups)}
+
+
+def _product_error(rounds: Sequence[Mapping[str, Any]]) -> float | None:
+    by_round = [statistics.fmean(row["product_error"].values()) for row in rounds if row.get("product_error")]
+    return statistics.fmean(by_round) if by_round else None
 
 
 def arm_folders(run: Path) -> list[Path]:
