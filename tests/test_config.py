@@ -13,7 +13,8 @@ from fedmm.runs.config import ConfigError, check, compose, load, options
 CHOICES = [(group, name) for group in config.groups() for name in options(group)]
 
 OF_LONG_TAILS = {
-    "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained"
+    "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained",
+    "mllmfl_unlabelled",
 }  # fmt: skip
 CREFF = {("schema", "creff")}
 

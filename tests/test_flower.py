@@ -49,6 +49,16 @@ def test_simulation_and_deployment_give_the_bits_of_one_process(asked, in_one_pr
     assert any("FedNano" in line for line in last[-8:]), "the table comes before it"
 
 
+@pytest.mark.parametrize("script", ["demo.sh", "loopback.sh"])
+def test_the_whole_model_on_a_client_and_its_local_adapters_give_them_too(asked, tmp_path, script):
+    """In a deployment each message is a process of its own, which must find the adapter that the last one left."""
+    asked = [*asked, "arm=feddat_llm", "edge.rank=0"]
+    here = inprocess.run(plan([*asked, f"run.dir={tmp_path / 'here'}"]))
+    path, _ = by_script(script, asked, tmp_path / "run")
+    assert (path / "rounds.jsonl").read_text() == (here / "rounds.jsonl").read_text()
+    assert summary.scores(path) == summary.scores(here), "personal accuracy, of shared and local adapters together"
+
+
 def test_a_run_that_fails_under_flower_fails_the_script(asked, tmp_path):
     """`flwr run --stream` ends with 0 all the same."""
     with pytest.raises(AssertionError, match="needs at least one example per client"):
