@@ -78,7 +78,8 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
         report.write(top.path)
         top.event("finished", report=str(top.path / "report.html"))
     except BaseException as error:
-        top.event("failed", error=f"{type(error).__name__}: {error}")
+        stopped = isinstance(error, KeyboardInterrupt)
+        top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
         raise
     return top.path
 
