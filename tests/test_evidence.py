@@ -135,6 +135,11 @@ def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path)
     assert cell(rows, "FedAvg", "product error %") == cell(rows, "zero-shot", "product error %") == "–"
 
 
+def test_a_classifier_that_has_learnt_nothing_is_no_zero_shot(tmp_path):
+    rows = evidence.rows([write_arm(tmp_path / "run", "FedAvg", 0, {"0": 0.5}, head="classes")])
+    assert [row.label for row in rows] == ["untrained", "FedAvg"]
+
+
 # ---- the sweep's plan ---------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,10 @@ from fedmm.runs.config import leaves
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
-ZERO_SHOT = "zero-shot"
+STARTS = (
+    "zero-shot",
+    "untrained",
+)  # what the state before the first round is called: where an LLM answers, and where not
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
@@ -100,8 +103,10 @@ def rows(runs: Sequence[Path]) -> list[Row]:
         Row(data, label, {seed: told for seed, (_, told) in sorted(seeds.items())})
         for (data, label), seeds in found.items()
     ]
-    zero = [row for data in sorted({row.data for row in arms}) if (row := _zero_shot(data, arms))]
-    return sorted([*zero, *arms], key=lambda row: (row.data, row.label != ZERO_SHOT, mean(_own(row).values()) or 0.0))
+    starts = [row for data in sorted({row.data for row in arms}) if (row := _start(data, arms))]
+    return sorted(
+        [*starts, *arms], key=lambda row: (row.data, row.label not in STARTS, mean(_own(row).values()) or 0.0)
+    )
 
 
 def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
@@ -225,7 +230,7 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
 
 def against(labels: Sequence[str], asked: str | None) -> str:
     """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none."""
-    labels = [label for label in dict.fromkeys(labels) if label != ZERO_SHOT]
+    labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
     wanted = asked or FEDAVG
     if any(label == wanted or label.startswith(f"{wanted}, ") for label in labels):
         return wanted
@@ -239,7 +244,7 @@ def by_client(table_of: Sequence[Row]) -> str:
     gains: list[tuple[Row, dict[str, float]]] = []
     for row in table_of:
         alone = partner(row, _beside(row, table_of), LOCAL)
-        if alone is not None and row.label != ZERO_SHOT:
+        if alone is not None and row.label not in STARTS:
             gains.append((row, _gains(row.own(), alone.own())))
     gains = [(row, gained) for row, gained in gains if 0 < len(gained) <= MOST_CLIENTS]
     clients = sorted({client for _, gained in gains for client in gained}, key=int)
@@ -313,9 +318,10 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f}" if count else "0"
 
 
-def _zero_shot(data: str, arms: Sequence[Row]) -> Row | None:
+def _start(data: str, arms: Sequence[Row]) -> Row | None:
     """The state before the first round, which all arms share: by seed, from the first arm that was scored on it."""
     by_seed: dict[int, Mapping[str, Any]] = {}
+    label = STARTS[0]
     for row in arms:
         for seed, found in row.by_seed.items() if row.data == data else ():
             if found.get("stages"):  # the server had begun before the first round
@@ -323,8 +329,9 @@ def _zero_shot(data: str, arms: Sequence[Row]) -> Row | None:
             known = by_seed.get(seed)
             better = known is None or (known["final"]["global"] is None and found["zero_shot"]["global"] is not None)
             if found["zero_shot"]["own"] and better:
+                label = STARTS[found.get("head") == "classes"]
                 by_seed[seed] = {"final": found["zero_shot"], "bytes": {}, "seconds": 0.0, "llm_samples": 0}
-    return Row(data, ZERO_SHOT, by_seed) if by_seed else None
+    return Row(data, label, by_seed) if by_seed else None
 
 
 def _same(folders: Sequence[Path]) -> None:

@@ -215,12 +215,13 @@ of its size, mean over adapters and rounds.</p>
 <p class="keys">
 <span><span class="key" style="background: var(--series-1)"></span>encoder, connector, token table
 <b>{{ stored.frozen | count }}</b></span>
-<span><span class="key" style="background: var(--series-2)"></span>adapters <b>{{ stored.trained | count }}</b></span>
+<span><span class="key" style="background: var(--series-2)"></span>
+{{ 'adapters' if stored.frozen else 'the network, trained whole' }} <b>{{ stored.trained | count }}</b></span>
 <span><span class="key" style="background: var(--line)"></span>on the server alone
 <b>{{ (stored.model - stored.frozen) | count }}</b></span></p>
 <p class="note">Parameters. A client stores {{ (stored.frozen + stored.trained) | count }}, which is
-{{ stored.less | percent }} less than the {{ stored.model | count }} of the whole model. The connector and the token
-table are in the count.</p>
+{{ stored.less | percent }} less than the {{ stored.model | count }} of the whole model.
+{%- if stored.frozen %} The connector and the token table are in the count.{% endif %}</p>
 {% endif %}
 
 {% if arms | selectattr('means.seconds', 'defined') | list %}

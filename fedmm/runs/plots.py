@@ -87,7 +87,7 @@ def figures(run: Path) -> dict[str, Callable[[float], Figure]]:
 
 
 def accuracy_by_round(curves: Sequence[Curve], width: float = WIDE) -> Figure:
-    """One line per arm, zero-shot as a dashed level."""
+    """One line per arm, their start as a dashed level."""
     curves = [arm for arm in curves if arm.rounds]
     figure, (axes,) = _panels(width, 3.7, 1, 1)
     named: list[tuple[str, float, str]] = []
@@ -103,7 +103,7 @@ def accuracy_by_round(curves: Sequence[Curve], width: float = WIDE) -> Figure:
         named.append((f"{_short(arm.label)}{star}  {100 * arm.values[-1]:.1f}", arm.values[-1], colour))
     if start := [arm.values[0] for arm in curves if arm.rounds[0] == 0]:
         axes.axhline(start[0], color=_light("muted"), linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-        named.append((f"zero-shot  {100 * start[0]:.1f}", start[0], _light("muted")))
+        named.append((f"at the start  {100 * start[0]:.1f}", start[0], _light("muted")))
     _rounds_axis(axes, [round for arm in curves for round in arm.rounds])
     _percent_axis(axes, [value for arm in curves for value in arm.values])
     right = width - 0.085 * max((len(text) for text, _, _ in named), default=0) - 0.15

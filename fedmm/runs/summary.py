@@ -81,6 +81,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     summary = {
         "data": cfg.data,
         "label": cfg.label,
+        "head": cfg.head,
         "seed": cfg.seed,
         "rounds": cfg.rounds,
         "clients": cfg.clients,
