@@ -36,6 +36,7 @@ from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, LinkConfig
 from fedmm.types import State, Update
 
 ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
+OF_PAIRS = ("exact_lowrank", "stack", "hetlora")  # rules that look at B and A together
 _GLOBAL_HYDRA = threading.Lock()  # hydra composes in a process-wide singleton
 
 
@@ -219,6 +220,8 @@ def _check_head(cfg: Config) -> Iterator[str]:
         return
     if cfg.method.retrained and not str((cfg.rule or {}).get("_target_")).endswith(".creff"):
         yield "method.retrained answers by a head that rule=creff alone trains; set rule=creff"
+    if rule := next((name for name in OF_PAIRS if str((cfg.rule or {}).get("_target_")).endswith(f".{name}")), None):
+        yield f"rule={rule} merges low-rank pairs, and head=classes has none: it would be the mean; set rule=mean"
     if not cfg.compact:
         yield "head=classes needs a network under it; set compact=resnet8"
     if cfg.inner or at_client:
