@@ -35,7 +35,7 @@ class AlignConfig:
     per_class: int = 40  # open images of each class to tune on
     held_out: int = 20  # and to stop by
     labels: str = "data"  # whose: of the open data, or of the MLLM (mllm), where they have none
-    threads: int = 2  # as pretrain.threads
+    threads: int = 1  # of torch
     step: Any = None
 
 
