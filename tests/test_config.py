@@ -165,15 +165,18 @@ def test_one_scalar_carries_a_whole_command_line():
 
 @pytest.mark.parametrize("arm", options("arm"))
 def test_what_an_arm_sets_holds(arm):
-    """A value of config.yaml must not win over the arm's own, nor one asked for the main arm over a compared one's."""
+    """A value of config.yaml must not win over the arm's own, nor a preset's, nor one asked for the main arm over a
+    compared one's."""
     own = OmegaConf.load(config.folder() / "arm" / f"{arm}.yaml")
     extra = ["scenario=long_tail"] if arm in OF_LONG_TAILS else []
     asked = [*extra, "rounds=5", "++rule.floor=0.1", "method.sets=[shared]", "pooled=false", f"compare=[{arm}]"]
     preset = ["experiment=mllmfl_embedded" if extra else "experiment=feddat", f"compare=[{arm}]"]
     compared = [config.arms(compose(overrides), overrides)[1][1] for overrides in (asked, preset)]
-    for cfg in (load([*extra, f"arm={arm}"]), *map(load, compared)):
+    alone = [[*extra, f"arm={arm}"], [preset[0], f"arm={arm}"]]
+    for cfg in map(load, [*alone, *compared]):
         for path, value in config.leaves("", own):
             assert OmegaConf.select(cfg, path) == value, path
+    assert load([*alone[1], "evaluate.every=3"]).evaluate.every == 3, "what is asked for wins over both"
 
 
 def test_a_compared_arm_keeps_what_trains_inside_unless_it_chooses_itself():

@@ -102,7 +102,7 @@ def load(overrides: Sequence[str] = ()) -> Config:
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
-            whole = hydra_compose("config", list(overrides), return_hydra_config=True)
+            whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
             choices = whole.hydra.runtime.choices
             cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
             named = {override.split("=", 1)[0] for override in overrides}
@@ -117,6 +117,15 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
         raise ConfigError(_explain(error, overrides)) from error
     OmegaConf.set_readonly(typed, True)
     return typing.cast(DictConfig, typed)
+
+
+def _of_arm(overrides: Sequence[str]) -> list[str]:
+    """What the file of a named arm sets, as overrides, where an experiment is named too: Hydra composes that after the
+    arm, and it would win."""
+    named = dict(override.split("=", 1) for override in overrides if "=" in override)
+    if "experiment" not in named or named.get("arm") not in options("arm"):
+        return []
+    return [quoted(key, value) for key, value in leaves("", OmegaConf.load(folder() / "arm" / f"{named['arm']}.yaml"))]
 
 
 def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
@@ -460,16 +469,14 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _compared(arm: str, overrides: list[str]) -> list[str]:
     file: Any = OmegaConf.load(folder() / "arm" / f"{arm}.yaml")
-    sets = dict(leaves("", file))
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
-    own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *sets}
+    own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
     kept = []
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
         if key not in own and key.split(".")[0] not in own:
             kept.append(override)
-    preset = any(override.startswith("experiment=") for override in kept)  # it is composed after the arm, and would win
-    return [*kept, f"arm={arm}", *(quoted(key, value) for key, value in sets.items() if preset)]
+    return [*kept, f"arm={arm}"]
 
 
 def leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:

@@ -142,12 +142,12 @@ class RunFolder:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the folder of a run for this process. Raises ValueError where another one is running in it."""
+def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for this process. Where another one holds it, wait for its end or raise ValueError."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(
                 f"another process is running in {path}; wait for it, or set run.dir to another folder"

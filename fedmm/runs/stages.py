@@ -9,7 +9,6 @@ costs time is kept under FEDMM_HOME by what it depends on: texts, scores, and th
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -38,7 +37,7 @@ from fedmm.model import Model
 from fedmm.runs import home
 from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model, splits
 from fedmm.runs.config import make
-from fedmm.runs.folder import RunFolder
+from fedmm.runs.folder import RunFolder, alone
 from fedmm.runs.settings import Config
 from fedmm.stages.align import Aligned, Teacher
 from fedmm.stages.captions import fingerprint
@@ -76,7 +75,7 @@ class _Pretraining:
         began = time.perf_counter()
         place = home.home() / "pretrained"
         self._says("pretraining begins, or waits for another process that does the same")
-        with _threads(self.cfg.pretrain.threads), _alone(place):
+        with _threads(self.cfg.pretrain.threads), alone(place, wait=True):
             mllm = the_mllm(self.cfg, self.held)
             who = _key(*(OmegaConf.to_yaml(node) for node in (self.cfg.captions.writer, self.cfg.llm)))
             file = home.home() / "captions" / f"{who}.jsonl"
@@ -186,7 +185,7 @@ class Alignment:
         if classes is None:
             return self._mllm.said(examples), None
         place, mllm = home.home() / "scores", self._mllm
-        with _alone(place):
+        with alone(place, wait=True):
             scores_NC = class_scores(mllm.model, mllm.processor, own.backbone.prompt, examples, classes, path=place)
         return [classes[i] for i in scores_NC.argmax(-1).tolist()], scores_NC
 
@@ -282,15 +281,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """One process of this machine at a time; the others then find what it made."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _key(*about: str) -> str:

@@ -181,14 +181,9 @@ def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> 
 
 def _run_one(job: Job) -> bool:
     """Run a job in a process of its own; whether it came to its end."""
-    while True:  # a sweep that was killed may have left it running
-        try:
-            with alone(job.path):
-                break
-        except ValueError:
-            time.sleep(1.0)
-    if job.done:
-        return True
+    with alone(job.path, wait=True):  # a sweep that was killed may have left it running
+        if job.done:
+            return True
     command = [sys.executable, "-m", "fedmm.cli", "run", *job.overrides, "run.at_once=1"]
     # Threads that spin while they wait hold up other runs: with two of two threads each, steps took 3.6 times as long.
     env = {"OMP_WAIT_POLICY": "passive", **os.environ}
