@@ -92,6 +92,24 @@ def test_clients_of_any_rank_have_a_mean_of_products():
     assert product_error(merged, current, given)["image"] < 1e-6
 
 
+def test_where_all_have_less_than_the_servers_rank_its_other_rows_stay():
+    current = state(6)
+    given = [Update(u.client, cut_to(u.delta, 2), u.num_examples) for u in drifted(current)]
+    merged, _ = exact_lowrank(current, given, {})
+    assert product_error(merged, current, given)["image"] < 1e-6
+    was, now = torch.linalg.svdvals(mean_of_rows(current, given)), torch.linalg.svdvals(merged["image.down"])
+    torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-5)
+
+
+def mean_of_rows(current, given):
+    """mean(A), what a client lacks taken as not changed."""
+    total = sum(u.num_examples for u in given)
+    rows = current["image.down"].clone()
+    for u in given:
+        rows[:2] += u.num_examples / total * u.delta["image.down"]
+    return rows
+
+
 def test_hetlora_by_hand():
     """Ranks 1 and 2, products of norms 3 and 1: so weights 3/4 and 1/4; A's second row is a quarter of client 1's."""
     current = {"text.down": torch.eye(2), "text.up": torch.zeros(2, 2)}

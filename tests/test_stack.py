@@ -22,6 +22,7 @@ from fedmm.runs.export import export
 from fedmm.types import Step, Update
 
 RANKS, COUNTS = (1, 4, 2, 3), (1, 3, 2, 7)
+ALPHA, SCALE = 8.0, 2.0  # of the fixture's edge, of rank 4
 
 
 def start(width=12, rank=4):
@@ -33,55 +34,77 @@ def start(width=12, rank=4):
     }
 
 
-def trained(current, round, ranks=RANKS):
+def trained(current, round, ranks=RANKS, size=0.5):
     """Updates of clients of several ranks, and the weighted mean of their products, written out."""
     generator = torch.Generator().manual_seed(round)
     updates, means = [], {"image": 0.0, "text": 0.0}
-    for client, (rank, count) in enumerate(zip(ranks, COUNTS, strict=True)):
+    for client, (rank, count) in enumerate(zip(ranks, COUNTS[: len(ranks)], strict=True)):
         anchor = cut(unfolded(current), rank)
-        delta = {name: 0.5 * torch.randn(tensor.shape, generator=generator) for name, tensor in anchor.items()}
+        delta = {name: size * torch.randn(tensor.shape, generator=generator) for name, tensor in anchor.items()}
         own = {name: anchor[name].double() + delta[name].double() for name in anchor}
         for kind in means:
-            means[kind] = means[kind] + count / sum(COUNTS) * own[f"{kind}.up"] @ own[f"{kind}.down"]
+            means[kind] = means[kind] + count / sum(COUNTS[: len(ranks)]) * own[f"{kind}.up"] @ own[f"{kind}.down"]
         updates.append(Update(client, delta, count))
     return updates, means
 
 
-def test_over_rounds_and_ranks_it_is_the_sum_of_the_means_of_products():
-    state, memory, total = start(), {}, {"image": 0.0, "text": 0.0}
+def merge(state, updates, memory, **more):
+    return stack(state, updates, memory, alpha=ALPHA, rank=4, **more)
+
+
+def test_over_rounds_and_ranks_it_is_the_mean_of_the_clients_models():
+    state, memory, total, one = start(), {}, {"image": 0.0, "text": 0.0}, torch.eye(12, dtype=torch.float64)
     for round in (1, 2, 3):
         updates, means = trained(state, round)
         before = state
-        state, memory = stack(state, iter(updates), memory, seed=5)
-        assert max(product_error(state, before, updates).values()) < 1e-6
+        state, memory = merge(state, iter(updates), memory, seed=5)
+        assert max(product_error(state, before, updates, scale=SCALE).values()) < 1e-6
         for kind, mean in means.items():
-            total[kind] = total[kind] + mean
+            total[kind] = (one + SCALE * mean) @ (one + SCALE * total[kind]) / SCALE - one / SCALE
             assert (state[f"{kind}.folded"].double() - total[kind]).norm() / total[kind].norm() < 1e-6
             assert not state[f"{kind}.up"].any() and not torch.equal(state[f"{kind}.down"], before[f"{kind}.down"])
     assert torch.equal(state["image.down"], draw(4, 12, seeds.generator(5, "adapters", 3)))
 
 
+def test_a_client_alone_gets_its_own_model_back_in_every_round(llava, edge, items):
+    state, memory, frozen = {k: v.clone() for k, v in edge.state().items()}, {}, parts.take(*llava)
+
+    def embeddings(adapters):
+        own, _ = parts.build(frozen, rank=4, alpha=ALPHA)
+        own.load(unfolded(adapters))
+        own.fold({name: tensor for name, tensor in state.items() if name.endswith(".folded")}, SCALE)
+        return own(collate(items))[0].dense()
+
+    for round in (1, 2, 3):
+        updates, _ = trained(state, round, ranks=(4,), size=0.1)
+        before = embeddings(tree.moved(unfolded(state), updates[0].delta))
+        state, memory = merge(state, updates, memory)
+        torch.testing.assert_close(embeddings(state), before, rtol=1e-4, atol=1e-5)
+
+
 def test_its_error_is_seen_where_it_is_not_exact():
-    state, _ = stack(start(), trained(start(), 1)[0], {})
+    state, _ = merge(start(), trained(start(), 1)[0], {})
     updates, _ = trained(state, 2)
-    merged, _ = stack(state, updates, {})
+    merged, _ = merge(state, updates, {})
     wrong = merged | {"text.folded": merged["text.folded"] + 0.1 * state["text.folded"]}
-    found = product_error(wrong, state, updates)
+    found = product_error(wrong, state, updates, scale=SCALE)
     assert found["image"] < 1e-6 < 1e-3 < found["text"]
+    alone = state["text.folded"] + (merged["text.folded"] - state["text.folded"]) @ torch.linalg.inv(
+        torch.eye(12) + SCALE * state["text.folded"]
+    )
+    assert product_error(merged | {"text.folded": alone}, state, updates, scale=SCALE)["text"] > 0.1, "P and no s P W"
 
 
 def test_what_does_not_fold_is_refused_with_the_knob():
     lora = {"encoder.q.lora_A": torch.zeros(2, 3), "encoder.q.lora_B": torch.zeros(3, 2)}
     with pytest.raises(ValueError, match=r"'encoder.q' is a LoRA; set edge.lora.rank=0 or rule=mean"):
-        stack(start() | lora, [], {})
+        merge(start() | lora, [], {})
     half = [Update(0, {"text.down": torch.zeros(4, 12)}, 1)]
     with pytest.raises(ValueError, match=r"rule=stack starts 'text' afresh in every round.*set schema=all"):
-        stack(start(), half, {})
+        merge(start(), half, {})
 
 
 # ---- one base --------------------------------------------------------------------------------------------------------
-
-SCALE = 2.0  # of the fixture's edge, alpha 8 over rank 4
 
 
 @pytest.fixture

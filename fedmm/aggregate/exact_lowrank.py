@@ -59,12 +59,13 @@ def refactor(
 ) -> tuple[Float[Tensor, "O R"], Float[Tensor, "R I"]]:
     """The best B A of rank R for L R; near = W S Y becomes A = W S N, the nearest one with rows in the span of V."""
     R = len(near_RI)
-    left, core = torch.linalg.qr(left_OM)
-    right, triangle = torch.linalg.qr(right_MI.T)
+    # Where all clients have less than the server's rank, near has rows that no client's A spans.
+    left, core = torch.linalg.qr(torch.cat([left_OM, left_OM.new_zeros(len(left_OM), R)], 1))
+    right, triangle = torch.linalg.qr(torch.cat([right_MI, near_RI]).T)
     core = core @ triangle.T
     _, sizes, directions = torch.linalg.svd(core, full_matrices=False)
     V = directions[: int((sizes[:R] > _KNOWN * sizes[0]).sum())].T
-    near = near_RI @ right  # loses nothing: a mean of rows that `right` spans
+    near = near_RI @ right
     rest = torch.linalg.svd(near - near @ V @ V.T, full_matrices=False).Vh[: R - V.shape[1]].T
     V = torch.linalg.qr(torch.cat([V, rest], 1)).Q
     W, S, Y = torch.linalg.svd(near, full_matrices=False)

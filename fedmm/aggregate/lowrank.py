@@ -105,10 +105,16 @@ def padded(delta: Tensor, like: Tensor) -> Tensor:
 
 
 def product_error(
-    merged: State, current: State, updates: Gathered, *, weights: running.Weights = "examples"
+    merged: State,
+    current: State,
+    updates: Gathered,
+    *,
+    scale: float = 0.0,
+    weights: running.Weights = "examples",
 ) -> dict[str, float]:
     """How far each merged pair's product is from the exact mean of the clients' products, relative to that.
 
+    `scale` is the adapters' alpha / r, of which a pair on a folded base needs to know (`on_base`).
     By the names of the pairs; without any example behind the updates there is no mean, and nothing to tell. Reads
     the updates once, and never forms a product but where clients are many (`Product`): a difference of products is one
     product too, [B, -L] [A; R], and its norm is that of the triangular factors.
@@ -117,10 +123,18 @@ def product_error(
     for update in updates:
         products = plus(products, current, update, running.share(update, weights))
     return {
-        pair.name: _error(*_whole(pair, merged, current), *product.mean())
+        pair.name: _error(*_whole(pair, merged, current), *on_base(*product.mean(), pair, current, scale))
         for pair, product in products.items()
         if product.total
     }
+
+
+def on_base(
+    left_OM: Float[Tensor, "O M"], right_MI: Float[Tensor, "M I"], pair: Pair, current: State, scale: float
+) -> tuple[Float[Tensor, "O M"], Float[Tensor, "M I"]]:
+    """A product as it acts on what is before all adapters: of what `stack` has folded away under it, P (I + s W)."""
+    folded = current.get(f"{pair.name}.folded")
+    return left_OM, right_MI if folded is None else right_MI + scale * right_MI @ folded.to(right_MI)
 
 
 def _whole(pair: Pair, merged: State, current: State) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,9 @@ class _Arm:
         if lowrank.error_cost(before, len(arrived)) > ERROR_COST_LIMIT:
             return None
         weights = self.cfg.rule.get("weights", "examples")
-        found = lowrank.product_error(merged, before, self.folder.updates(round, arrived), weights=weights)
+        found = lowrank.product_error(
+            merged, before, self.folder.updates(round, arrived), scale=self.scale, weights=weights
+        )
         return {name: error for name, error in found.items() if math.isfinite(error)}
 
     def _write_round(
