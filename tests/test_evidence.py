@@ -126,6 +126,21 @@ def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
     assert [column.heading for column in evidence.short_columns(rows)][3:6] == headings[3:6]
 
 
+def test_an_arm_named_after_another_is_set_against_it(tmp_path):
+    made = [
+        write_arm(tmp_path / f"{label}{rank}", f"{label}, edge.rank={rank}", 0, {"0": right + rank / 100})
+        for label, right in (("FedAvg", 0.5), ("FedAvg, LoRA in the LLM", 0.6))
+        for rank in (4, 8)
+    ]
+    rows = evidence.rows([*made, write_arm(tmp_path / "plateau", "FedAvg, plateau", 0, {"0": 0.7}, data="other")])
+    for rank in (4, 8):
+        assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0"
+        assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
+    assert evidence.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
+    with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
+        evidence.against(["FedAvg, plateau", "local"], "FedAvg")
+
+
 def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path):
     made = [
         write_arm(tmp_path / f"x{seed}", "X", seed, {"0": 0.5}, product_error=off) for seed, off in ((0, 0.1), (1, 0.3))

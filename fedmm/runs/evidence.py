@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -222,8 +223,9 @@ def gaps(row: Row, other: Row) -> dict[int, float]:
 
 
 def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
-    """The row of that label on the same data; of a sweep over a setting the one with the same value of it."""
-    ends = [row.label[i:] for i in range(len(row.label)) if row.label.startswith(", ", i)]
+    """The row of that label on the same data; of a sweep over settings the one with the same values of them."""
+    _, settings = _named(row.label)
+    ends = [settings[i:] for i in range(len(settings)) if settings.startswith(", ", i)]
     found = next((others[label + end] for end in ends if label + end in others), others.get(label))
     return None if found is row else found
 
@@ -232,11 +234,17 @@ def against(labels: Sequence[str], asked: str | None) -> str:
     """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none."""
     labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
     wanted = asked or FEDAVG
-    if any(label == wanted or label.startswith(f"{wanted}, ") for label in labels):
+    if any(wanted in (label, _named(label)[0]) for label in labels):
         return wanted
     if asked:
         raise ValueError(f"--against {asked!r} is no arm here; there are {', '.join(map(repr, labels))}")
     return labels[0]
+
+
+def _named(label: str) -> tuple[str, str]:
+    """A label's name, and what a sweep put after it: `FedAvg, pretrained` and `, edge.rank=4`."""
+    found = re.fullmatch(r"(.*?)((?:, [\w.@/]+=.*)?)", label)
+    return (found[1], found[2]) if found else (label, "")
 
 
 def by_client(table_of: Sequence[Row]) -> str:
