@@ -118,6 +118,7 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
             against=against,
         )
         rows = evidence.rows([job.path for job in done])
+        results.note(path, command)
         print(results.write(path / "results.md", rows, against, command, [path]).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
@@ -134,12 +135,13 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
 def _compare(dirs: list[Path], against: str | None, into: Path | None) -> int:
     from fedmm.runs import evidence, results
 
-    asked = ["--against", against] if against else []
+    asked = [*(["--into", str(into)] if into else []), *(["--against", against] if against else [])]
+    command = shlex.join(["fedmm", "compare", *map(str, dirs), *asked])
     try:
         rows = evidence.rows(results.runs_of(dirs))
         print(evidence.markdown(rows, evidence.columns(against, rows)))
         if into:
-            print(results.write(into, rows, against, shlex.join(["fedmm", "compare", *map(str, dirs), *asked]), dirs))
+            print(results.write(into, rows, against, command, dirs))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

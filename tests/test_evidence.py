@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plots, sweep
+from fedmm.runs import config, evidence, plots, results, sweep
 from fedmm.types import FedmmError
 
 
@@ -248,8 +248,20 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     done = sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
     assert len(ran) == 5 and len(set(ran)) == 4, "two trials, two seeds, one of them again"
     assert [config.compose(job.overrides).optimizer.lr for job in done] == [3e-3, 3e-3]
+    sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
+    sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
+    known = [row["combination"] for row in json.loads((tmp_path / "tuned.json").read_text())]
+    assert known == [["arm=fedavg"], ["arm=local"]], "a later part keeps what an earlier one chose"
     with pytest.raises(config.ConfigError, match="holds a run with another configuration"):
         sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
+
+
+def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
+    for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
+        results.note(tmp_path, command)
+    page = results.write(tmp_path / "page.md", evidence.rows(runs), None, "fedmm compare", [tmp_path]).read_text()
+    lines = [line for line in page.splitlines() if line.startswith("- `")]
+    assert [line.split("`")[1] for line in lines] == ["fedmm compare", "fedmm sweep one", "fedmm sweep two"]
 
 
 def test_data_are_called_by_what_chose_them():

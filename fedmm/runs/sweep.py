@@ -9,6 +9,7 @@ small search for each. A run is done when it has its summary; what is done is no
 The same folder takes more values later: what it holds of them is done.
 
     DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/tuned.json  what was chosen     DIR/results.md
+    DIR/commands.json
 """
 
 from __future__ import annotations
@@ -145,10 +146,16 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
             key = tuned.key
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
             _check(final, check)
-        rows = [{"combination": list(cell), **about} for cell, about in chosen.items()]
-        home.write(path / "tuned.json", json.dumps(rows, indent=1).encode())
+            _note(path / "tuned.json", chosen)
         _run_all(final, at_once, say)
     return final
+
+
+def _note(file: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
+    """What was chosen for each combination, beside what earlier parts of the sweep chose for theirs."""
+    known = {tuple(row["combination"]): row for row in json.loads(file.read_text())} if file.exists() else {}
+    rows = known | {cell: {"combination": list(cell), **about} for cell, about in chosen.items()}
+    home.write(file, json.dumps(list(rows.values()), indent=1).encode())
 
 
 def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> None:
