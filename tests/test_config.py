@@ -220,7 +220,11 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (["scenario=long_tail", "arm=local", "align=mllm"], "align tunes the shared state"),
         (["scenario=long_tail", "arm=local", "pretrain=mllm"], "pretrain reaches clients in the shared state"),
         (["scenario=long_tail", "arm=ffa_lora"], "the schema lets nothing train"),
-        (["scenario=long_tail", "arm=hetlora"], "rule=hetlora merges low-rank pairs, and head=classes has none"),
+        (["scenario=long_tail", "arm=hetlora"], "rule=hetlora merges low-rank pairs B A, of which clients train none"),
+        (
+            ["arm=exact_lowrank", "llm.where=client", "inner=bottleneck", "edge.rank=0"],
+            "rule=exact_lowrank merges low-rank pairs B A, of which clients train none: it is the mean",
+        ),
         (["scenario=long_tail", "edge.ranks=[1,2]"], "head=classes has none; set edge.ranks=null"),
         (["scenario=long_tail", "classes=[a,a]"], "classes must be different"),
         (["scenario=long_tail", "run.has_data=false", "evaluate.groups=null"], "takes the names from the data"),

@@ -87,6 +87,23 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(overrides, say
     assert not (tmp_path / "run").exists()
 
 
+def test_every_mistake_of_every_arm_is_told_at_once(tmp_path):
+    asked = ["scenario=domain", "clients=6", "arm=krum", "rule.byzantine=2", "compare=[flora,nonsense]", "edge.rank=8"]
+    with pytest.raises(config.ConfigError) as told:
+        server_app.plan([*asked, f"run.dir={tmp_path / 'run'}", "dataset.train=70", "dataset.test=70"])
+    for says in (
+        "rule.byzantine=2 needs at least 7 clients",
+        "partition.by=style finds 5 values",
+        "compare names 'nonsense'",
+        "edge.ranks must be from 1 to edge.rank=8",
+    ):
+        assert str(told.value).count(says) == 1
+    with pytest.raises(
+        config.ConfigError, match=r"^clients must be at least 1, got -1\ndataset.train must be int, got 'oops'$"
+    ):
+        server_app.plan(["clients=-1", "dataset.train=oops"])
+
+
 def test_more_clients_share_where_that_is_asked_for():
     mine = held(["scenario=domain", "clients=10", "partition.share=true"], "train")
     assert [len(values) for values in mine] == [1] * 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,21 +42,21 @@ def main(grid: Grid, context: Context) -> None:
 def plan(overrides: list[str]) -> list[Arm]:
     """The arms that `overrides` ask for, the main one first, each checked whole; writes nothing.
 
-    Raises ConfigError, or ValueError where the data cannot be divided as asked.
+    Raises ConfigError with every mistake of every arm, that the data cannot be divided as asked among them.
     """
-    cfg = config.load(overrides)
+    cfg = config.compose(overrides)
     path = Path(cfg.run.dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S")).absolute()
     overrides = [*(o for o in overrides if not o.startswith("run.dir=")), config.quoted("run.dir", path)]
     arms = [
-        Arm(name, path if name == "main" else path / "arms" / name, asked, config.load(asked))
+        Arm(name, path if name == "main" else path / "arms" / name, asked, config.compose(asked))
         for name, asked in config.arms(cfg, overrides)
     ]
     labels = [arm.cfg.label for arm in arms]
+    mistakes = dict.fromkeys(mistake for arm in arms for mistake in _mistakes(arm))
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise config.ConfigError(f"two arms are called {twice[0]}; set label=... or take one out of compare")
-    for arm in arms:
-        check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
-        _check_partition(arm.cfg)
+        mistakes[f"two arms are called {twice[0]}; set label=... or take one out of compare"] = None
+    if mistakes:
+        raise config.ConfigError("\n".join(mistakes))
     return arms
 
 
@@ -91,10 +92,17 @@ def _feature_store(cfg: Config, path: Path) -> Store:
     return Store(memory_bytes=memory_bytes, folder=path / "features", disk_bytes=disk_bytes, ephemeral=True)
 
 
-def _check_partition(cfg: Config) -> None:
-    """Divide every split once, so that an impossible partition is refused before anything starts."""
-    if not cfg.run.has_data:
-        return
-    for split, examples in splits(cfg).items():
-        if split in ("train", cfg.evaluate.split) and examples:
-            partition(cfg, split)
+def _mistakes(arm: Arm) -> Iterator[str]:
+    """What is wrong with one arm; every split is divided once, to see that it can be."""
+    found = list(config.check(arm.cfg))
+    yield from found
+    try:
+        check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
+        if arm.cfg.run.has_data and not any(
+            mistake.startswith(("dataset", "partition", "clients ")) for mistake in found
+        ):
+            for split, examples in splits(arm.cfg).items():
+                if split in ("train", arm.cfg.evaluate.split) and examples:
+                    partition(arm.cfg, split)
+    except ValueError as error:
+        yield str(error)

@@ -29,6 +29,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedmm.aggregate import lowrank
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.edge.base import KINDS
@@ -229,8 +230,6 @@ def _check_head(cfg: Config) -> Iterator[str]:
         return
     if cfg.method.retrained and not str((cfg.rule or {}).get("_target_")).endswith(".creff"):
         yield "method.retrained answers by a head that rule=creff alone trains; set rule=creff"
-    if rule := next((name for name in OF_PAIRS if str((cfg.rule or {}).get("_target_")).endswith(f".{name}")), None):
-        yield f"rule={rule} merges low-rank pairs, and head=classes has none: it would be the mean; set rule=mean"
     if not cfg.compact:
         yield "head=classes needs a network under it; set compact=resnet8"
     if cfg.inner or at_client:
@@ -294,6 +293,9 @@ def _rehearse(cfg: Config) -> Iterator[str]:
     try:
         schema, rule = make(cfg.schema), make(cfg.rule)
         every = [f"{name}.{key}" for name in cfg.method.sets for key in _one_set(cfg)]
+        named = str((cfg.rule or {}).get("_target_")).rpartition(".")[2]
+        if named in OF_PAIRS and one_set and not list(lowrank.pairs(one_set)):
+            yield f"rule={named} merges low-rank pairs B A, of which clients train none: it is the mean; set rule=mean"
         current = {name: one_set[name] for name in schemas.sent(schema, cfg.rounds, one_set)}
         rounds = {schema(round, cfg.rounds).sends: round for round in range(1, cfg.rounds + 1)}  # of each kind, one
         for round in rounds.values():
@@ -445,13 +447,13 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """The arms of a run by name, each with its overrides: the main one first, then those of `compare`.
+    """The arms of a run by name, each with its overrides: the main one first, then those of `compare` that there are.
 
     A compared arm keeps everything that was asked for but the label, which is its own, and whatever its own file sets
     or chooses: a method, a rule.
     """
     overrides = list(overrides)
-    return [("main", overrides), *((arm, _compared(arm, overrides)) for arm in cfg.compare)]
+    return [("main", overrides), *((arm, _compared(arm, overrides)) for arm in cfg.compare if arm in options("arm"))]
 
 
 def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
