@@ -140,7 +140,7 @@ def take_part(order: Order) -> Report:
             "link_seconds": session.wait_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
             "edge_parameters": float(_frozen_parameters(cfg, card)),
-            "trained_parameters": float(sum(p.numel() for p in edge.parameters() if p.requires_grad)),
+            "trained_parameters": float(sum(p.numel() for n in edge.sets for p in edge.trainable(n).values())),
         }
         if isinstance(model.llm, LocalLLM):
             metrics["llm_samples"] = float(model.llm.samples)
