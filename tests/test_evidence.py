@@ -17,6 +17,7 @@ def write_arm(path: Path, label: str, seed: int, own: dict[str, float], **more: 
     """A finished arm as summary.write_summary leaves it."""
     path.mkdir(parents=True, exist_ok=True)
     cfg = {"label": label, "seed": seed, "rounds": more.pop("rounds", 8), "link": {"bind": f"127.0.0.1:{seed}"}}
+    cfg |= {"evaluate": {"split": more.pop("split", "test")}}
     (path / "config.yaml").write_text(json.dumps(cfg))
     score = {"global": sum(own.values()) / len(own), "own": own}
     summary = {
@@ -139,6 +140,23 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
     assert evidence.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
     with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
         evidence.against(["FedAvg, plateau", "local"], "FedAvg")
+
+
+def test_arms_of_other_data_do_not_stand_side_by_side(tmp_path):
+    test = [write_arm(tmp_path / "a", "FedAvg", 0, {"0": 0.5})]
+    tuning = write_arm(tmp_path / "b", "FedDAT", 0, {"0": 0.6}, split="validation")
+    with pytest.raises(ValueError, match=r"FedAvg and FedDAT are both on domain and differ in evaluate.split: 'test'"):
+        evidence.rows([*test, tuning])
+    swept = write_arm(tmp_path / "c", "FedDAT, evaluate.split=validation", 0, {"0": 0.6}, split="validation")
+    rows = evidence.rows([*test, swept])
+    assert cell(rows, "FedDAT, evaluate.split=validation", "own - FedAvg") == "–"
+
+
+def test_what_arms_were_given_stands_there_where_it_differs(tmp_path):
+    made = [write_arm(tmp_path / f"{n}", label, 0, {"0": 0.5}, rounds=n) for label, n in (("FedAvg", 8), ("long", 32))]
+    heading = "rounds x epochs x batch"
+    assert cell(evidence.rows(made), "long", heading) == "32 x – x –"
+    assert heading not in [column.heading for column in evidence.columns(None, evidence.rows(made[:1]))]
 
 
 def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path):

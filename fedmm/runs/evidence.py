@@ -15,7 +15,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,28 @@ STARTS = (
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
+_DATA = ("dataset.", "partition.", "clients.", "evaluate.split.")
 _PLACES = ("run", "seed", "compare", "link.bind", "link.address")  # no bit of an arm depends on these but the seed
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm on some data: the summaries of its runs (`summary.json`) by seed."""
+    """An arm on some data: the summaries of its runs (`summary.json`) by seed, and what they were asked, by path."""
 
     data: str
     label: str
     by_seed: Mapping[int, Mapping[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored_on(self) -> dict[str, Any]:
+        """The settings that say whose data these are and what is asked of them."""
+        return {key: value for key, value in self.settings.items() if f"{key}.".startswith(_DATA)}
+
+    @property
+    def budget(self) -> str:
+        """Rounds, epochs in each and examples a step, where the configuration has them."""
+        return " x ".join(str(self.settings.get(key, "–")) for key in ("rounds", "epochs", "batch_size"))
 
     def overall(self) -> dict[int, float]:
         """Global accuracy by seed, where it was measured."""
@@ -98,12 +110,16 @@ def rows(runs: Sequence[Path]) -> list[Row]:
                 "give each seed once, and set label=... where arms differ in more than their method and rule"
             )
         seeds[told["seed"]] = folder, told
-    for seeds in found.values():
-        _same([folder for folder, _ in seeds.values()])
     arms = [
-        Row(data, label, {seed: told for seed, (_, told) in sorted(seeds.items())})
+        Row(
+            data,
+            label,
+            {seed: told for seed, (_, told) in sorted(seeds.items())},
+            _same([folder for folder, _ in seeds.values()]),
+        )
         for (data, label), seeds in found.items()
     ]
+    _on_one_footing(arms)
     starts = [row for data in sorted({row.data for row in arms}) if (row := _start(data, arms))]
     return sorted(
         [*starts, *arms], key=lambda row: (row.data, row.label not in STARTS, mean(_own(row).values()) or 0.0)
@@ -130,6 +146,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
     return (
         *short_columns([])[:4],
         *_group_columns(table_of),
+        *_budget_columns(table_of),
         Column("spread", lambda row, others: percent(row.over_clients(statistics.pstdev).values())),
         *(
             Column(f"own - {label}", lambda row, others, label=label: _gap(row, partner(row, others, label)))  # type: ignore[misc]
@@ -155,6 +172,13 @@ def _group_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         for name in GROUPS
         if any(row.group(name) for row in table_of)
     )
+
+
+def _budget_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What the arms were given, where it is not the same for all."""
+    if len({row.budget for row in table_of if row.label not in STARTS}) < 2:
+        return ()
+    return (Column("rounds x epochs x batch", lambda row, others: row.budget if row.settings else "–"),)
 
 
 def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
@@ -227,7 +251,7 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
     _, settings = _named(row.label)
     ends = [settings[i:] for i in range(len(settings)) if settings.startswith(", ", i)]
     found = next((others[label + end] for end in ends if label + end in others), others.get(label))
-    return None if found is row else found
+    return None if found is row or (found and found.scored_on != row.scored_on and row.settings) else found
 
 
 def against(labels: Sequence[str], asked: str | None) -> str:
@@ -342,8 +366,22 @@ def _start(data: str, arms: Sequence[Row]) -> Row | None:
     return Row(data, label, by_seed) if by_seed else None
 
 
-def _same(folders: Sequence[Path]) -> None:
-    """Raises ValueError where runs that would be averaged differ in more than their seed."""
+def _on_one_footing(arms: Sequence[Row]) -> None:
+    """Raises ValueError where arms stand under one kind of data, and their labels do not tell that the data differ."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in arms:
+        other = first.setdefault((row.data, _named(row.label)[1]), row)
+        mine, theirs = row.scored_on, other.scored_on
+        if differ := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
+            key = differ[0]
+            raise ValueError(
+                f"{other.label} and {row.label} are both on {row.data} and differ in {key}: {theirs.get(key)!r} and "
+                f"{mine.get(key)!r}; compare them apart, or set data=... to call them by different names"
+            )
+
+
+def _same(folders: Sequence[Path]) -> Mapping[str, Any]:
+    """What the runs of a row were asked. Raises ValueError where they differ in more than their seed."""
     seed, first = _settings(folders[0])
     for folder in folders[1:]:
         own, other = _settings(folder)
@@ -358,6 +396,7 @@ def _same(folders: Sequence[Path]) -> None:
                 f"{folders[0]} and {folder} have one label and differ in {key}: {first.get(key)!r} and "
                 f"{other.get(key)!r}; set label=... to tell them apart"
             )
+    return first
 
 
 def _settings(folder: Path) -> tuple[int, dict[str, Any]]:
