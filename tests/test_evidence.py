@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -202,12 +203,12 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
     cells = sweep.trials(tmp_path, ["arm=fedavg", "seed=0,1", "evaluate.every=1"], tuned)
     ((cell_, tried),) = cells.items()
     assert cell_ == ("arm=fedavg", "evaluate.every=1"), "the seeds that are reported take no part"
-    for job in tried:
+    for job in tried.values():
         cfg = config.compose(job.overrides)
         assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", sweep.TUNING_SEED, 0)
-    for job, right in zip(tried, (0.4, 0.6, 0.6), strict=True):
+    for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
         write_arm(job.path, "FedAvg", sweep.TUNING_SEED, {"0": right, "1": right})
-    about = sweep.best(tuned, tried)
+    about = sweep.best(tried)
     assert about["chosen"] == "0.003" and not about["at_the_edge"]
     final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
@@ -272,6 +273,27 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     assert known == [["arm=fedavg"], ["arm=local"]], "a later part keeps what an earlier one chose"
     with pytest.raises(config.ConfigError, match="holds a run with another configuration"):
         sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
+
+
+def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
+    """Accuracy rises with the rate for fedavg, without end, and falls for local; fedprox has its best in the middle."""
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        step = math.log2(cfg.optimizer.lr / 2e-3)
+        right = {"FedAvg": 0.5 + step / 100, "local": 0.5 - step / 100, "FedProx": 0.5 - abs(step) / 100}[cfg.label]
+        write_arm(job.path, cfg.label, cfg.seed, {"0": right})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    asked = ["arm=fedavg,local,fedprox"], sweep.search("optimizer.lr=1e-3,2e-3,4e-3")
+    sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
+    told = {row["combination"][0]: row for row in json.loads((tmp_path / "tuned.json").read_text())}
+    assert list(told["arm=fedavg"]["tried"]) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
+    assert told["arm=fedavg"]["chosen"] == "0.016" and told["arm=fedavg"]["at_the_edge"]
+    assert list(told["arm=local"]["tried"]) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
+    assert list(told["arm=fedprox"]["tried"]) == ["0.001", "0.002", "0.004"] and not told["arm=fedprox"]["at_the_edge"]
+    assert sweep.further({"chosen": "b", "tried": {"a": 0, "c": 0, "b": 1}, "at_the_edge": True}, 5) is None
 
 
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):

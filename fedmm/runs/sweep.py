@@ -4,7 +4,8 @@
 
 Hydra reads the values (lists, range, choice). With `--tune` each combination, seeds apart, is first run with every rate
 on the validation split under a seed of its own, and goes on with the best by the clients' own accuracy: the same
-small search for each. A run is done when it has its summary; what is done is not repeated, what was cut goes on.
+small search for each. Of three values or more the search goes on past an end that is best, by the same step, twice at
+most. A run is done when it has its summary; what is done is not repeated, what was cut goes on.
 
 The same folder takes more values later: what it holds of them is done.
 
@@ -33,6 +34,7 @@ from fedmm.runs.folder import alone
 from fedmm.types import FedmmError
 
 TUNING_SEED = 100
+FURTHER = 2  # values at most that a search takes beyond its ends
 _NAMED = ("arm", "method", "rule", "scenario", "dataset", "partition", "seed", "label", "data")  # name themselves
 _IN_NAME = ("arm", "method", "rule", "scenario", "seed")  # of a run's folder, also of one value: others may come later
 _TUNING = ("evaluate.split=validation", "evaluate.everywhere=false", "evaluate.every=0", "evaluate.predictions=false")
@@ -95,32 +97,53 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
     return made
 
 
-def trials(path: Path, overrides: Sequence[str], tuned: Search) -> dict[tuple[str, ...], list[Job]]:
-    """The runs that tuning takes, by combination (seeds apart): one a value, on the validation split."""
+def trials(
+    path: Path, overrides: Sequence[str], tuned: Search, wider: Mapping[tuple[str, ...], Sequence[str]] | None = None
+) -> dict[tuple[str, ...], dict[str, Job]]:
+    """The runs that tuning takes, by combination (seeds apart) and value, on the validation split. `wider` has the
+    values of combinations whose search has gone on."""
     found = {key: values for key, values in config.axes(overrides).items() if key != "seed"}
     several = _several(found)
     made = {}
     for pairs in _combinations(found):
         cell = _overrides(pairs)
-        made[tuple(cell)] = [
-            _job(path, _name(pairs | {tuned.key: value}, [*several, tuned.key]),
-                 [*_without(cell, _TUNING), *_TUNING, f"seed={tuned.seed}", f"{tuned.key}={value}"])
-            for value in tuned.values
-        ]  # fmt: skip
+        made[tuple(cell)] = {
+            value: _job(path, _name(pairs | {tuned.key: value}, [*several, tuned.key]),
+                        [*_without(cell, _TUNING), *_TUNING, f"seed={tuned.seed}", f"{tuned.key}={value}"])
+            for value in (wider or {}).get(tuple(cell), tuned.values)
+        }  # fmt: skip
     return made
 
 
-def best(tuned: Search, tried: Sequence[Job]) -> dict[str, Any]:
+def best(tried: Mapping[str, Job]) -> dict[str, Any]:
     """The value with the highest own accuracy, mean over clients, and all that were tried; of equal ones the first."""
     accuracy = {}
-    for value, job in zip(tuned.values, tried, strict=True):
+    for value, job in tried.items():
         own = json.loads((job.path / "summary.json").read_text())["final"]["own"]
         if not own:
             raise FedmmError(f"{job.path} scored no client; see {job.log}")
         accuracy[value] = statistics.fmean(own.values())
-    chosen = max(tuned.values, key=lambda value: accuracy[value])
-    edge = len(tuned.values) > 2 and chosen in (tuned.values[0], tuned.values[-1])
+    values = list(tried)
+    chosen = max(values, key=lambda value: accuracy[value])
+    edge = len(values) > 2 and chosen in (values[0], values[-1])
     return {"chosen": chosen, "tried": accuracy, "at_the_edge": edge}
+
+
+def further(about: Mapping[str, Any], most: int) -> tuple[str, ...] | None:
+    """The values tried and one beyond the end that was best; None where none was, `most` are tried, or they are no
+    rising or falling positive numbers."""
+    values = tuple(about["tried"])
+    if not about["at_the_edge"] or len(values) >= most:
+        return None
+    first = about["chosen"] == values[0]
+    end, beside = values[:2] if first else values[:-3:-1]
+    try:
+        beyond = float(end) ** 2 / float(beside)
+    except (ValueError, ZeroDivisionError):
+        return None
+    if not 0 < beyond != float(end):
+        return None
+    return (f"{beyond:g}", *values) if first else (*values, f"{beyond:g}")
 
 
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
@@ -134,14 +157,13 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     if "=" in path.name or (path / "config.yaml").exists():
         raise config.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
-    tune_jobs = [job for tried in cells.values() for job in tried]
+    tune_jobs = [job for tried in cells.values() for job in tried.values()]
     final = jobs(path / "runs", overrides)
     unplaced = [replace(job, overrides=job.overrides[:-1]) for job in final]  # their folders hold what tuning chose
     _check([*tune_jobs, *unplaced] if tuned else final, check)
     evidence.against(_told_apart(final), against)
     with alone(path):
-        _run_all(tune_jobs, at_once, say)
-        chosen = {cell: best(tuned, tried) for cell, tried in cells.items()} if tuned else {}
+        chosen = _tuned(path / "tune", overrides, tuned, lambda asked: _run_all(asked, at_once, say)) if tuned else {}
         if tuned:
             key = tuned.key
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
@@ -149,6 +171,22 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
             _note(path / "tuned.json", chosen)
         _run_all(final, at_once, say)
     return final
+
+
+def _tuned(
+    path: Path, overrides: Sequence[str], tuned: Search, run_all: Callable[[Sequence[Job]], None]
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What `best` says of every combination, once no search goes on."""
+    wider: dict[tuple[str, ...], Sequence[str]] = {}
+    while True:
+        cells = trials(path, overrides, tuned, wider)
+        run_all([job for tried in cells.values() for job in tried.values()])
+        chosen = {cell: best(tried) for cell, tried in cells.items()}
+        most = len(tuned.values) + FURTHER
+        more = {cell: values for cell, about in chosen.items() if (values := further(about, most))}
+        if not more:
+            return chosen
+        wider |= more
 
 
 def _note(file: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
