@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MLLM-FL's evidence: its stages, their controls and CReFF on long-tailed digits, imbalance 10 and 50, three seeds. Table and
-# picture land in docs/LONG_TAIL.md. 48 runs: an hour and a half on two cores.
+# picture land in docs/LONG_TAIL.md. 48 runs: two hours on two cores (estimate).
 #
 #     bash scripts/long_tail.sh [OVERRIDE...]        runs in runs/long_tail/; a sweep that was stopped goes on
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
