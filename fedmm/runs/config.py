@@ -126,7 +126,11 @@ def _of_arm(overrides: Sequence[str]) -> list[str]:
     named = dict(override.split("=", 1) for override in overrides if "=" in override)
     if "experiment" not in named or named.get("arm") not in options("arm"):
         return []
-    return [quoted(key, value) for key, value in leaves("", OmegaConf.load(folder() / "arm" / f"{named['arm']}.yaml"))]
+    return [quoted(key, value) for key, value in leaves("", _arm_file(named["arm"]))]
+
+
+def _arm_file(arm: str) -> Any:
+    return OmegaConf.load(folder() / "arm" / f"{arm}.yaml")
 
 
 def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
@@ -470,7 +474,7 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _compared(arm: str, overrides: list[str]) -> list[str]:
-    file: Any = OmegaConf.load(folder() / "arm" / f"{arm}.yaml")
+    file = _arm_file(arm)
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
     kept = []

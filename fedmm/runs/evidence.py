@@ -27,10 +27,7 @@ from fedmm.runs.config import leaves
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
-STARTS = (
-    "zero-shot",
-    "untrained",
-)  # what the state before the first round is called: where an LLM answers, and where not
+STARTS = ("zero-shot", "untrained")  # what the state before the first round is called: of an LLM, of a classifier
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
@@ -115,7 +112,7 @@ def rows(runs: Sequence[Path]) -> list[Row]:
             data,
             label,
             {seed: told for seed, (_, told) in sorted(seeds.items())},
-            _same([folder for folder, _ in seeds.values()]),
+            _agreed([folder for folder, _ in seeds.values()]),
         )
         for (data, label), seeds in found.items()
     ]
@@ -251,7 +248,8 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
     _, settings = _named(row.label)
     ends = [settings[i:] for i in range(len(settings)) if settings.startswith(", ", i)]
     found = next((others[label + end] for end in ends if label + end in others), others.get(label))
-    return None if found is row or (found and found.scored_on != row.scored_on and row.settings) else found
+    elsewhere = found is not None and row.settings and found.scored_on != row.scored_on
+    return None if found is row or elsewhere else found
 
 
 def against(labels: Sequence[str], asked: str | None) -> str:
@@ -372,7 +370,7 @@ def _on_one_footing(arms: Sequence[Row]) -> None:
     for row in arms:
         other = first.setdefault((row.data, _named(row.label)[1]), row)
         mine, theirs = row.scored_on, other.scored_on
-        if differ := sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
+        if differ := _differing(theirs, mine):
             key = differ[0]
             raise ValueError(
                 f"{other.label} and {row.label} are both on {row.data} and differ in {key}: {theirs.get(key)!r} and "
@@ -380,23 +378,26 @@ def _on_one_footing(arms: Sequence[Row]) -> None:
             )
 
 
-def _same(folders: Sequence[Path]) -> Mapping[str, Any]:
+def _agreed(folders: Sequence[Path]) -> Mapping[str, Any]:
     """What the runs of a row were asked. Raises ValueError where they differ in more than their seed."""
     seed, first = _settings(folders[0])
     for folder in folders[1:]:
         own, other = _settings(folder)
-        if differ := sorted(
+        if differ := [
             key
-            for key in first.keys() | other.keys()
-            if first.get(key) != other.get(key)
-            and not (key.endswith(".seed") and (first.get(key), other.get(key)) == (seed, own))  # as a rule's
-        ):
+            for key in _differing(first, other)
+            if not (key.endswith(".seed") and (first.get(key), other.get(key)) == (seed, own))  # as a rule's
+        ]:
             key = differ[0]
             raise ValueError(
                 f"{folders[0]} and {folder} have one label and differ in {key}: {first.get(key)!r} and "
                 f"{other.get(key)!r}; set label=... to tell them apart"
             )
     return first
+
+
+def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
 def _settings(folder: Path) -> tuple[int, dict[str, Any]]:

@@ -163,9 +163,9 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     _check([*tune_jobs, *unplaced] if tuned else final, check)
     evidence.against(_told_apart(final), against)
     with alone(path):
-        chosen = _tuned(path / "tune", overrides, tuned, lambda asked: _run_all(asked, at_once, say)) if tuned else {}
         if tuned:
             key = tuned.key
+            chosen = _tuned(path / "tune", overrides, tuned, cells, lambda asked: _run_all(asked, at_once, say))
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
             _check(final, check)
             _note(path / "tuned.json", chosen)
@@ -174,12 +174,15 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
 
 
 def _tuned(
-    path: Path, overrides: Sequence[str], tuned: Search, run_all: Callable[[Sequence[Job]], None]
+    path: Path,
+    overrides: Sequence[str],
+    tuned: Search,
+    cells: Mapping[tuple[str, ...], Mapping[str, Job]],
+    run_all: Callable[[Sequence[Job]], None],
 ) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What `best` says of every combination, once no search goes on."""
+    """What `best` says of every combination, once no search goes on; `cells` are the first trials."""
     wider: dict[tuple[str, ...], Sequence[str]] = {}
     while True:
-        cells = trials(path, overrides, tuned, wider)
         run_all([job for tried in cells.values() for job in tried.values()])
         chosen = {cell: best(tried) for cell, tried in cells.items()}
         most = len(tuned.values) + FURTHER
@@ -187,6 +190,7 @@ def _tuned(
         if not more:
             return chosen
         wider |= more
+        cells = trials(path, overrides, tuned, wider)
 
 
 def _note(file: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
