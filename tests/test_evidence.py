@@ -92,10 +92,19 @@ def test_kinds_of_data_stand_apart(runs, tmp_path):
     rows = evidence.rows([*runs, other])
     text = page(rows)
     assert text.index("### domain") < text.index("### function")
-    assert cell([row for row in rows if row.data == "function"], "FedAvg", "own - local") == "–", (
-        "no local on that data"
-    )
+    shown = evidence.columns("FedAvg", rows)
+    at = [column.heading for column in shown].index("own - local")
+    assert evidence.cells(rows, shown)[-1][at] == "–", "no local on that data"
     assert plots.png(plots.comparison(rows)).startswith(b"\x89PNG")
+
+
+def test_columns_stand_where_they_say_something_and_the_page_says_what(runs):
+    alone, nobody = evidence.rows(runs), evidence.rows([run for run in runs if "local" not in run.name])
+    for heading in ("own - local", "clients better off"):
+        assert heading in [column.heading for column in evidence.columns(None, alone)]
+        assert heading not in [column.heading for column in evidence.columns(None, nobody)]
+    assert "*clients better off* clients times seeds" in evidence.reading(evidence.columns(None, alone))
+    assert "better off" not in evidence.reading(evidence.columns(None, nobody))
 
 
 def test_compare_writes_a_page(runs, tmp_path, capsys):
@@ -196,6 +205,17 @@ def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
     assert labels == {"FedAvg, edge.rank=4", "FedAvg, edge.rank=8", "local, edge.rank=4", "local, edge.rank=8"}
     (one,) = sweep.jobs(tmp_path, ["arm=fedavg"])
     assert config.compose(one.overrides).label == "FedAvg"
+
+
+def test_settings_that_make_other_data_name_the_data(tmp_path):
+    made = sweep.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
+    cfgs = [config.compose(job.overrides) for job in made]
+    assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
+    assert {cfg.data for cfg in cfgs} == {
+        f"dirichlet, dataset.train={train}, clients={clients}" for train in (100, 200) for clients in (2, 3)
+    }
+    (one,) = sweep.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
+    assert config.compose(one.overrides).data == "mine"
 
 
 def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_path):

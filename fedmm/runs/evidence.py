@@ -47,7 +47,7 @@ class Row:
     @property
     def scored_on(self) -> dict[str, Any]:
         """The settings that say whose data these are and what is asked of them."""
-        return {key: value for key, value in self.settings.items() if f"{key}.".startswith(_DATA)}
+        return {key: value for key, value in self.settings.items() if of_data(key)}
 
     @property
     def budget(self) -> str:
@@ -88,10 +88,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading and what stands under it; `cell` is given the row and the rows of the same data by label."""
+    """A heading and what stands under it; `cell` is given the row and the rows of the same data by label. `meaning`,
+    where the heading does not say it."""
 
     heading: str
     cell: Callable[[Row, Mapping[str, Row]], str]
+    meaning: str = ""
+
+
+def of_data(key: str) -> bool:
+    """Whether a setting says whose data there are or what is asked of them."""
+    return f"{key}.".startswith(_DATA)
 
 
 def rows(runs: Sequence[Path]) -> list[Row]:
@@ -127,8 +134,12 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What a run's own report and the watcher show of these rows."""
     return (
         Column("arm", lambda row, others: row.label),
-        Column("global accuracy %", lambda row, others: percent(row.overall().values())),
-        Column("own test %", lambda row, others: percent(_own(row).values())),
+        Column(
+            "global accuracy %", lambda row, others: percent(row.overall().values()), "on everybody's test questions"
+        ),
+        Column(
+            "own test %", lambda row, others: percent(_own(row).values()), "each client on its own part, their mean"
+        ),
         Column("worst client %", lambda row, others: percent(row.over_clients(min).values())),
         *_group_columns(table_of),
         Column("MB up", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [0]))),
@@ -144,20 +155,29 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         *short_columns([])[:4],
         *_group_columns(table_of),
         *_budget_columns(table_of),
-        Column("spread", lambda row, others: percent(row.over_clients(statistics.pstdev).values())),
-        *(
-            Column(f"own - {label}", lambda row, others, label=label: _gap(row, partner(row, others, label)))  # type: ignore[misc]
-            for label in dict.fromkeys((chosen, LOCAL))
+        Column(
+            "spread",
+            lambda row, others: percent(row.over_clients(statistics.pstdev).values()),
+            "standard deviation of own accuracy over clients",
         ),
-        Column("clients better off", lambda row, others: _better_off(row, partner(row, others, LOCAL))),
-        Column("product error %", lambda row, others: percent(row.product_error().values())),
+        _gap_column(chosen),
+        *_local_columns(table_of, chosen),
+        *_product_columns(table_of),
         Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link))),
         Column("features MB", lambda row, others: _megabytes(row.moved_bytes(lambda name: name == "features"))),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),
         *_stage_columns(table_of),
-        Column("LLM samples", lambda row, others: f"{_mean_of(row, 'llm_samples'):,.0f}"),
-        Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
+        Column(
+            "LLM samples",
+            lambda row, others: f"{_mean_of(row, 'llm_samples'):,.0f}",
+            "through the frozen LLM, once for each branch of a step, a backward not counted apart",
+        ),
+        Column(
+            "seconds",
+            lambda row, others: f"{_mean_of(row, 'seconds'):.0f}",
+            "beside as many other runs as there are cores, so no cost of an arm to compare closely",
+        ),
         Column("seeds", lambda row, others: str(len(row.by_seed)) if len(row.by_seed) > 1 else f"1 {ONE_SEED}"),
     )
 
@@ -178,6 +198,37 @@ def _budget_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     return (Column("rounds x epochs x batch", lambda row, others: row.budget if row.settings else "–"),)
 
 
+def _gap_column(label: str) -> Column:
+    return Column(f"own - {label}", lambda row, others: _gap(row, partner(row, others, label)))
+
+
+def _local_columns(table_of: Sequence[Row], chosen: str) -> tuple[Column, ...]:
+    """Whether it pays to join, where some row is alone."""
+    if not any(_named(row.label)[0] == LOCAL for row in table_of):
+        return ()
+    return (
+        *([_gap_column(LOCAL)] if chosen != LOCAL else []),
+        Column(
+            "clients better off",
+            lambda row, others: _better_off(row, partner(row, others, LOCAL)),
+            "clients times seeds that are served better than alone",
+        ),
+    )
+
+
+def _product_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """The rule's error in product space, where some row trained pairs."""
+    if not any(row.product_error() for row in table_of):
+        return ()
+    return (
+        Column(
+            "product error %",
+            lambda row, others: percent(row.product_error().values()),
+            "of the adapters' merged products B A against the mean of the clients', relative to that, over rounds",
+        ),
+    )
+
+
 def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What the server's own stages took, where some row has them."""
     if not any(_stages(row, "seconds") for row in table_of):
@@ -191,6 +242,12 @@ def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
 def cells(table_of: Sequence[Row], shown: Sequence[Column]) -> list[tuple[str, ...]]:
     """The table, row by row."""
     return [tuple(column.cell(row, _beside(row, table_of)) for column in shown) for row in table_of]
+
+
+def reading(shown: Sequence[Column]) -> str:
+    """How the table is to be read."""
+    meant = "; ".join(f"*{column.heading}* {column.meaning}" for column in shown if column.meaning)
+    return f"Mean over seeds and 95% interval (Student's t), differences paired by seed. {meant}."
 
 
 def markdown(table_of: Sequence[Row], shown: Sequence[Column]) -> str:

@@ -12,13 +12,6 @@ from typing import Any
 from fedmm.runs import evidence, home, plots, summary
 
 COMMANDS = "commands.json"  # in a sweep's folder
-READING = """\
-Mean over seeds and 95% interval (Student's t), differences paired by seed. *Own* is each client's accuracy on its own
-test part, mean over clients, *worst client* the lowest and *spread* the standard deviation of them; *global* is on
-everybody's test questions. *Clients better off* counts clients times seeds that are served better than alone. *Product
-error* is how far the adapters' merged products B A are from the mean of the clients', relative to that, over rounds.
-*LLM samples* went through the frozen LLM, once for each branch of a step, a backward not counted apart. *Seconds* are
-those of a run with as many others beside it as the machine has cores: no cost of an arm to compare closely."""
 
 
 def runs_of(paths: Sequence[Path]) -> list[Path]:
@@ -48,13 +41,13 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
     were made and what they have chosen."""
     tuned = [sweep / "tuned.json" for sweep in sweeps]
     made = {command: time.strftime("%Y-%m-%d")} | {c: day for sweep in sweeps for c, day in _noted(sweep).items()}
-    picture = into.with_suffix(".png")
+    picture, shown = into.with_suffix(".png"), evidence.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     parts = [
         "# Results",
         "\n".join(f"- `{asked}`, {day}, {os.cpu_count()} cores." for asked, day in made.items()),
-        READING,
-        evidence.markdown(rows, evidence.columns(against, rows)),
+        evidence.reading(shown),
+        evidence.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]
     if gains := evidence.by_client(rows):

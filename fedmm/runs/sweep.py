@@ -79,7 +79,8 @@ def search(text: str | None) -> Search | None:
 def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]], Sequence[str]] = tuple) -> list[Job]:
     """Every combination of the overrides' values. `chosen` gives what tuning adds to a combination without its seed.
 
-    A label tells apart what only its own setting would: `FedAvg, edge.rank=8`. Raises ConfigError for `compare`.
+    What has several values and no name stands behind the label, `FedAvg, edge.rank=8`, or, where it makes other data,
+    behind the name of these: `long_tail, dataset.imbalance=10`. Raises ConfigError for `compare`.
     """
     found = config.axes(overrides)
     if "compare" in found:
@@ -90,9 +91,10 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
         asked = _overrides(pairs)
         asked += chosen([override for override in asked if not override.startswith("seed=")])
         name = _name(pairs, several) or "run"
-        own = [f"{key}={pairs[key]}" for key in several if key not in _NAMED]
-        if own and "label" not in found:
-            asked.append(config.quoted("label", ", ".join([config.compose(asked).label, *own])))
+        for name_of, of_data in (("label", False), ("data", True)):
+            own = [f"{key}={pairs[key]}" for key in several if key not in _NAMED and evidence.of_data(key) == of_data]
+            if own and name_of not in found:
+                asked.append(config.quoted(name_of, ", ".join([getattr(config.compose(asked), name_of), *own])))
         made.append(_job(path, name, asked))
     return made
 
