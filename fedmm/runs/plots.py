@@ -140,8 +140,9 @@ def comparison(rows: Sequence[evidence.Row], width: float = WIDE) -> Figure:
     """Arms beside each other, a panel for each kind of data: mean and 95% interval, and every seed as a small dot."""
     names = list(dict.fromkeys(row.data for row in rows))
     by_name = [[row for row in rows if row.data == name] for name in names]
-    inches = [0.34 * len(chosen) + 0.55 for chosen in by_name]
-    height = sum(inches) + 0.5
+    inches = [0.34 * len(chosen) for chosen in by_name]
+    above, between, below = 0.62, 0.66, 0.3  # inches: legend and first title; axis and title; the last axis
+    height = above + sum(inches) + between * (len(names) - 1) + below
     figure = Figure(figsize=(width, height))
     grid = figure.add_gridspec(len(names), 1, height_ratios=inches)
     both = [_own_and_global(row) for row in rows]
@@ -163,12 +164,12 @@ def comparison(rows: Sequence[evidence.Row], width: float = WIDE) -> Figure:
             for series, word in enumerate(("own test part", "everybody's")):
                 axes.plot([], [], marker=MARKERS[series], linestyle="none", color=_series(series), label=word)
             axes.plot([], [], marker=".", markersize=4, linestyle="none", color=_light("muted"), label="a seed")
-            place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.3}
+            place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.4}
+            place["bbox_transform"] = figure.transFigure
             axes.legend(**place, ncols=3, frameon=False, fontsize=9.5, handletextpad=0.2, labelcolor=_light("ink"))
     left = 0.085 * max((len(_short(row.label, 34)) for row in rows), default=4) + 0.25
-    figure.subplots_adjust(
-        left=left / width, right=1 - 0.2 / width, top=1 - 0.32 / height, bottom=0.3 / height, hspace=0.45
-    )
+    margins = {"left": left / width, "right": 1 - 0.2 / width, "top": 1 - above / height, "bottom": below / height}
+    figure.subplots_adjust(**margins, hspace=between * len(inches) / max(sum(inches), 0.34))
     return figure
 
 
