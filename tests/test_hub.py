@@ -1,8 +1,10 @@
-"""Classification from the hub: a small dataset of the same schema, written to a folder here; no network."""
+"""Datasets from the hub: small ones of the same schemas, written to folders here; no network."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +13,10 @@ import pytest
 from PIL import Image
 
 from fedmm.data import hub, partition
-from fedmm.data.hub import classification
+from fedmm.data.hub import classification, questions
+from fedmm.data.joined import joined
 from fedmm.data.long_tail import long_tail
+from fedmm.runs import config
 
 NAMES = ["zebra", "ant", "moth"]  # not in the order of the alphabet
 TRAIN = [i % 3 for i in range(36)]
@@ -54,7 +58,7 @@ def offline(monkeypatch, tmp_path_factory):
 
 
 def loaded(folder: Path, **options):
-    return classification(path=str(folder), **{"label": "fine_label", **options})
+    return classification(**{"path": str(folder), "label": "fine_label", **options})
 
 
 def test_rows_become_questions(folder):
@@ -77,7 +81,7 @@ def test_rows_become_questions(folder):
 def test_labels_are_read_without_an_image(folder, monkeypatch):
     """The shapes' checker looks at the images of every Example; so what is made here is not one."""
     monkeypatch.setattr(hub, "Example", lambda *args: SimpleNamespace(**dict(zip(FIELDS, args, strict=True))))
-    monkeypatch.setattr(hub._OneImage, "__getitem__", lambda self, i: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(hub._Images, "__getitem__", lambda self, i: pytest.fail("an image was decoded"))
     made = long_tail(of=lambda: loaded(folder, public=2), by="rank", imbalance=4)
     assert Counter(e.labels["class"] for e in made["train"]) == {"zebra": 10, "ant": 5, "moth": 2}
     assert len(partition.equal(made["train"], 2, seeded(), by="class")) == 2
@@ -144,6 +148,7 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
         ({"label": "label"}, r"dataset.label=label: .* has no such column; set it to one of img \(Image\), fine_label"),
         ({"image": "note"}, r"dataset.image=note: .* has no Image there; set it to one of img \(Image\)"),
         ({"splits": {"train": "trian"}}, r"(?s)trian.*train.*set dataset.splits or dataset.name"),
+        ({"path": "./nowhere"}, r"(?s)\./nowhere.*no folder here, nor reached on the hub: set its path"),
         ({"splits": {"test": "test"}}, r"needs train"),
         ({"splits": {"train": "train", "validation": "test"}, "validation": 2}, r"set dataset.validation=2 to 0"),
         ({"ids": {"valid": "x"}}, r"name in dataset.ids=.*valid.* splits that are there"),
@@ -152,3 +157,107 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
 def test_what_is_not_there_is_named_with_what_is(folder, options, says):
     with pytest.raises(ValueError, match=says):
         loaded(folder, **options)
+
+
+# ---- questions, and several datasets as one -----------------------------------------------------------------------
+
+ASKED = [("how many ?", "two"), ("is it red ?", "yes"), ("who is it ?", "nobody")]
+
+
+def asked_folder(path: Path, splits: tuple[str, ...] = ("train", "validation", "test"), pair: bool = False) -> Path:
+    """Images with metadata.jsonl beside them, as a site would lay them out; `pair`: two images a question."""
+    columns = ("left_file_name", "right_file_name") if pair else ("file_name",)
+    for split in splits:
+        (path / split).mkdir(parents=True)
+        lines = []
+        for row, (question, answer) in enumerate(ASKED):
+            files = {column: f"{row}_{i}.png" for i, column in enumerate(columns)}
+            for i, file in enumerate(files.values()):
+                picture(row + 10 * i, split == "test").save(path / split / file)
+            lines.append(json.dumps({**files, "question": question, "answer": answer, "type": row % 2}))
+        (path / split / "metadata.jsonl").write_text("\n".join(lines))
+    return path
+
+
+def test_rows_with_their_own_questions(tmp_path):
+    made = questions(path=str(asked_folder(tmp_path / "vqa")), labels=["type"])
+    assert {split: len(part) for split, part in made.items()} == {"train": 3, "validation": 3, "test": 3}
+    example = made["train"][1]
+    assert (example.question, example.answer, example.labels) == ("is it red ?", "yes", {"answer": "yes", "type": "1"})
+    assert example.images[0].mode == "RGB" and example.images[0].getpixel((0, 0)) == (5, 5, 5)
+    assert made["test"][-1].images[0].getpixel((0, 0)) == (110, 110, 110)
+    two = questions(path=str(asked_folder(tmp_path / "pair", pair=True)), images=["left", "right"])["train"][0]
+    assert [image.getpixel((0, 0)) for image in two.images] == [(0, 0, 0), (50, 50, 50)]
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ([["a", "b", "b"]], "b"),
+        ([["b", "a"]], "b"),  # a tie: who came first
+        ([["", "", "a"]], "a"),
+        ([[{"answer": "x", "sure": "no"}, {"answer": "y", "sure": "yes"}, {"answer": "y", "sure": "no"}]], "y"),
+        ([0], "0"),
+    ],
+)
+def test_of_several_answers_the_commonest_counts(tmp_path, said, answer):
+    assert questions(path=str(told(tmp_path, said)), splits={"train": "train"})["train"][0].answer == answer
+
+
+def told(path: Path, answers: list) -> Path:
+    import datasets
+
+    image = path / "image.png"
+    picture(0).save(image)
+    rows = datasets.Dataset.from_dict(
+        {"image": [str(image)] * len(answers), "question": ["?"] * len(answers), "answer": answers}
+    )
+    rows.cast_column("image", datasets.Image()).to_parquet(str(path / "data" / "train-00000-of-00001.parquet"))
+    return path / "data"
+
+
+def test_rows_without_an_answer_are_refused_with_the_way_out(tmp_path):
+    path = told(tmp_path, ["yes", None, " "])
+    with pytest.raises(ValueError, match=r"2 of 3 in train have no answer.*validation\[:50%\]"):
+        questions(path=str(path), splits={"train": "train"})
+    assert len(questions(path=str(path), splits={"train": "train[:1]"})["train"]) == 1, "the way out"
+    with pytest.raises(ValueError, match=r"dataset.question=asked: .* has no such column; set it to one of image \(Im"):
+        questions(path=str(path), splits={"train": "train[:1]"}, question="asked")
+    with pytest.raises(ValueError, match=r"dataset.images\[0\]=question: .* has no Image there"):
+        questions(path=str(path), splits={"train": "train[:1]"}, images=["question"])
+
+
+def test_joined_datasets_go_to_a_client_each(tmp_path):
+    parts = {name: partial(questions, path=str(asked_folder(tmp_path / name))) for name in ("vizwiz", "aqua")}
+    made = joined(of=parts)
+    train = made["train"]
+    assert [(e.id, e.labels["dataset"]) for e in train[2:4]] == [
+        ("vizwiz/train/0000002", "vizwiz"),
+        ("aqua/train/0000000", "aqua"),
+    ]
+    assert len(train) == 6 and train[-1].question == "who is it ?"
+    for split in made.values():
+        shares = partition.by_label(split, 2, seeded(), by="dataset")
+        assert [{split[i].labels["dataset"] for i in part} for part in shares] == [{"aqua"}, {"vizwiz"}]
+    with pytest.raises(IndexError):
+        train[6]
+
+
+def test_a_split_that_one_has_not_is_refused(tmp_path):
+    one, other = asked_folder(tmp_path / "one"), asked_folder(tmp_path / "other", ("train", "test"))
+    some = partial(questions, path=str(other), splits={"train": "train", "test": "test"})
+    with pytest.raises(ValueError, match=r"validation is empty or missing in b, not in others; give dataset.of.b one"):
+        joined(of={"a": partial(questions, path=str(one)), "b": some})
+    assert joined(of={"a": lambda: {**some(), "public": [1, 2]}, "b": some})["public"][:].indices == range(2)
+
+
+@pytest.mark.parametrize(("name", "clients"), [("domain", 5), ("function", 6), ("scene", 6), ("task", 4)])
+def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, name, clients):
+    monkeypatch.setenv("FEDMM_DATA", str(tmp_path))
+    cfg = config.load([f"scenario=feddat_{name}"])
+    for dataset in cfg.dataset.of:
+        asked_folder(tmp_path / dataset, pair=dataset == "nlvr2")
+    made = config.make(cfg.dataset)()
+    assert cfg.clients == clients == len({example.labels["dataset"] for example in made["train"]})
+    shares = config.make(cfg.partition)(made["train"], clients, seeded())
+    assert [len(part) for part in shares] == [len(ASKED)] * clients

@@ -1,14 +1,16 @@
-"""Image classification from the Hugging Face hub, or from a folder of the same schema, as questions and answers.
+"""Datasets from the Hugging Face hub, or from folders of the same schema, as questions and answers.
 
-    one row: an image and a class  ->  Example(image, question, the class's name)
+    classification   one row: an image and a class          ->  Example(image, question, the class's name)
+    questions        one row: images, a question, answers   ->  Example(images, question, the commonest answer)
 
-Labels: `class` and `answer` are the name, `rank` the class's place in the dataset's own order, which a long tail goes
+Labels: `answer`; of a class `class`, its name, and `rank`, its place in the dataset's own order, which a long tail goes
 by. Images are decoded when they are asked for, so that a split may be larger than memory.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -70,6 +72,49 @@ def classification(
     }
 
 
+def questions(
+    *,
+    path: str,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
+    name: str | None = None,  # of the dataset's configuration, where it has several
+    images: Sequence[str] = ("image",),  # the columns, in the order in which the question speaks of them
+    question: str = "question",
+    answer: str = "answer",  # a text, a class, or a list of what several people said, of which the commonest counts
+    labels: Sequence[str] = (),  # columns that partitions may group by, beside the answer
+    splits: Mapping[str, str] | None = None,  # our names to the dataset's; None: train, validation and test
+) -> dict[str, Sequence[Example]]:
+    """The splits of a dataset whose rows have their own questions.
+
+    A folder may hold `train/metadata.jsonl` with lines `{"file_name": ..., "question": ..., "answer": ...}` beside its
+    images, or parquet. Raises ValueError where columns or splits are not there, or where rows have no answer.
+    """
+    splits = splits or {split: split for split in ("train", "validation", "test")}
+    columns = {"question": question, "answer": answer} | {f"labels[{i}]": column for i, column in enumerate(labels)}
+    return {ours: _asked(path, name, theirs, tuple(images), columns) for ours, theirs in splits.items()}
+
+
+@dataclass(frozen=True)
+class _Asked(Sequence[Example]):
+    """A whole split of the dataset: its texts are in memory, its images are not."""
+
+    split: str
+    rows: Dataset  # the image columns alone
+    images: Sequence[str]
+    questions: Sequence[str]
+    answers: Sequence[str]
+    labels: Mapping[str, Sequence[object]]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, i: Any) -> Any:
+        row = range(len(self))[i]
+        if isinstance(row, range):
+            return Some(self, row)
+        labels = {"answer": self.answers[row], **{name: str(values[row]) for name, values in self.labels.items()}}
+        images = _Images(self.rows, self.images, row)
+        return Example(f"{self.split}/{row:07d}", images, self.questions[row], self.answers[row], labels)
+
+
 @dataclass(frozen=True)
 class _Source(Sequence[Example]):
     """A whole split of the dataset: its classes are in memory, its images are not."""
@@ -91,7 +136,7 @@ class _Source(Sequence[Example]):
             return Some(self, row)
         name = self.names[self.classes[row]]
         labels = {"class": name, "answer": name, "rank": str(self.classes[row])}
-        return Example(f"{self.split}/{row:07d}", _OneImage(self.rows, self.image, row), self.question, name, labels)
+        return Example(f"{self.split}/{row:07d}", _Images(self.rows, [self.image], row), self.question, name, labels)
 
     def files(self) -> list[str | None]:
         """The name of each image's file, for which no image is read."""
@@ -101,42 +146,79 @@ class _Source(Sequence[Example]):
 
 
 @dataclass(frozen=True)
-class _OneImage(Sequence[Image.Image]):
-    """The image of a row, decoded each time it is asked for; in colour, as ImageNet has grey ones too."""
+class _Images(Sequence[Image.Image]):
+    """The images of a row, decoded each time they are asked for; in colour, as ImageNet has grey ones too."""
 
     rows: Dataset
-    column: str
+    columns: Sequence[str]
     row: int
 
     def __len__(self) -> int:
-        return 1
+        return len(self.columns)
 
     def __getitem__(self, i: Any) -> Any:
-        found = range(1)[i]
+        found = range(len(self))[i]
         if isinstance(found, range):
             return [self[k] for k in found]
-        image: Image.Image = self.rows[self.row][self.column]
+        image: Image.Image = self.rows[self.row][self.columns[found]]
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _source(path: str, name: str | None, split: str, image: str, label: str, question: str) -> _Source:
     import datasets
 
-    try:
-        rows = datasets.load_dataset(path, name, split=split)
-    except ValueError as error:  # an unknown split or configuration: it lists those that there are
-        raise ValueError(f"{path}: {error}; set dataset.splits or dataset.name") from error
-    has = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
-    for knob, column, kind in (("image", image, datasets.Image), ("label", label, datasets.ClassLabel)):
-        if not isinstance(rows.features.get(column), kind):
-            what = "has no such column" if column not in rows.features else f"has no {kind.__name__} there"
-            raise ValueError(f"dataset.{knob}={column}: {path} {what}; set it to one of {has}")
+    rows = _rows(path, name, split, {"image": (image, datasets.Image), "label": (label, datasets.ClassLabel)})
     classes = list(rows[label][:])
     if unlabelled := sum(c is None or c < 0 for c in classes):
         raise ValueError(
             f"{path}: {unlabelled} of {len(classes)} in {split} have no label; set dataset.splits to another"
         )
     return _Source(path, split, rows.select_columns([image]), image, classes, rows.features[label].names, question)
+
+
+def _asked(path: str, name: str | None, split: str, images: Sequence[str], columns: Mapping[str, str]) -> _Asked:
+    import datasets
+
+    wanted: dict[str, tuple[str, Any]] = {knob: (column, object) for knob, column in columns.items()}
+    rows = _rows(path, name, split, wanted | {f"images[{i}]": (c, datasets.Image) for i, c in enumerate(images)})
+    named = rows.features[columns["answer"]]
+    asked, given = (list(rows[columns[knob]][:]) for knob in ("question", "answer"))
+    said = [named.int2str(a) if isinstance(named, datasets.ClassLabel) and a is not None else _said(a) for a in given]
+    if unanswered := sum(not text for text in said):
+        raise ValueError(
+            f"{path}: {unanswered} of {len(said)} in {split} have no answer, as test splits often have; set its splits "
+            "to others, or parts of them as in validation[:50%]"
+        )
+    labels = {column: list(rows[column][:]) for knob, column in columns.items() if knob.startswith("labels")}
+    return _Asked(split, rows.select_columns(list(images)), images, asked, said, labels)
+
+
+def _said(answer: object) -> str:
+    """What is counted as the answer; of several people's, each a text or with a text under `answer`, the commonest."""
+    if isinstance(answer, dict):
+        return _said(answer.get("answer"))
+    if not isinstance(answer, list):
+        return "" if answer is None else str(answer).strip()
+    texts = Counter(map(_said, answer))
+    return max(texts, key=lambda text: (bool(text), texts[text]), default="")
+
+
+def _rows(path: str, name: str | None, split: str, wanted: Mapping[str, tuple[str, Any]]) -> Dataset:
+    """A split with these columns of these kinds, by the setting that names each."""
+    import datasets
+
+    try:
+        rows: Dataset = datasets.load_dataset(path, name, split=split)
+    except ValueError as error:  # an unknown split or configuration: it lists those that there are
+        raise ValueError(f"{path}: {error}; set dataset.splits or dataset.name") from error
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{path}: {error}; it is no folder here, nor reached on the hub: set its path") from error
+    has = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
+    for knob, (column, kind) in wanted.items():
+        if column not in rows.features or not isinstance(rows.features[column], kind):
+            what = "has no such column" if column not in rows.features else f"has no {kind.__name__} there"
+            raise ValueError(f"dataset.{knob}={column}: {path} {what}; set it to one of {has}")
+    return rows
 
 
 def _hold_out(source: _Source, pool: Iterable[int], each: Mapping[str, int], seed: int) -> dict[str, list[int]]:

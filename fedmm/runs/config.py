@@ -407,11 +407,15 @@ def _check_target(path: str, node: DictConfig) -> Iterator[str]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, dict) and "_target_" in value:
-        return True  # checked as a node of its own
+    if _is_node(value) or (isinstance(value, dict) and value and all(map(_is_node, value.values()))):
+        return True  # checked as nodes of their own
     if isinstance(value, int) and not isinstance(value, bool) and is_bearable(float(value), hint):
         return True
     return is_bearable(value, hint)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
 
 
 def _plain(hint: Any) -> str:
