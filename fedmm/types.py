@@ -21,6 +21,9 @@ State = dict[str, Tensor]
 IGNORE = -100
 """The label of a position that is no answer token (torch's own `ignore_index`)."""
 
+IMAGE_PLACE = "<image>"
+"""Where a further image stands in a question; the first one's place is in the prompt."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -20,7 +20,8 @@ from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs.config import compose, load, make, options
-from fedmm.stages.captions import Caption, Writer, fingerprint, hub, keep, oracle, own, prepared, training, write
+from fedmm.stages.captions import Caption, Writer, hub, keep, oracle, own, prepared, training, write
+from fedmm.stages.kept import fingerprint
 
 PROMPTS = ["{question}", "what is the sum ?", "which digit is left ?"]
 

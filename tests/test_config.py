@@ -14,7 +14,7 @@ CHOICES = [(group, name) for group in config.groups() for name in options(group)
 
 OF_LONG_TAILS = {
     "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained",
-    "mllmfl_unlabelled",
+    "mllmfl_unlabelled", "mllmfl_oracle", "fedavg_distilled",
 }  # fmt: skip
 CREFF = {("schema", "creff")}
 
@@ -211,6 +211,9 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (["scenario=long_tail", "arm=creff", "rule=mean"], "a head that rule=creff alone trains; set rule=creff"),
         (["align=mllm", "arm=flora"], "align does not see what the rule folds into the base; set align=none"),
         (["align=mllm", "align.step.check_every=0"], "align.step.check_every must be at least 1, got 0"),
+        (["scenario=long_tail", "arm=fedavg", "rule=creff"], "a head from gradients that no client sends; set method"),
+        (["scenario=long_tail", "arm=mllmfl", "captions.prompts=[]"], "captions.prompts is empty"),
+        (["scenario=long_tail", "arm=mllmfl", "captions.chunk=0"], "captions.chunk must be at least 1"),
         (["scenario=long_tail", "compact.widths=[8,12,16]"], "compact.widths=[8, 12, 16] must be multiples of 8"),
         (["scenario=long_tail", "compact.layer=bottleneck"], "must be multiples of 32"),
         (["arm=mllmfl"], "set compact=resnet8, or pretrain=none"),
@@ -261,6 +264,20 @@ def test_groups_need_the_servers_eyes():
     assert "evaluate.groups=thirds needs run.has_data=true" in str(caught.value)
     assert "evaluate.groups=thirds needs evaluate.predictions=true" in str(caught.value)
     assert load(["scenario=long_tail", "run.has_data=false", "evaluate.groups=null", "classes=[a,b]"])
+
+
+def test_a_compared_arm_keeps_settings_of_the_stages_that_it_has():
+    asked = ["experiment=mllmfl_embedded", "align.per_class=5", "pretrain.step.steps=50", "align.step.steps=7"]
+    arms = {name: load(overrides) for name, overrides in config.arms(compose(asked), asked)}
+    assert {name: (cfg.pretrain.step or {}).get("steps") for name, cfg in arms.items()} == {
+        "main": 50, "fedavg": None, "fedavg_pretrained": 50, "mllmfl_not_pretrained": None, "balanced_tuning": 50,
+    }  # fmt: skip
+    assert {name: (cfg.align.step or {}).get("steps") for name, cfg in arms.items()} == {
+        "main": 7, "fedavg": None, "fedavg_pretrained": None, "mllmfl_not_pretrained": 7, "balanced_tuning": 7,
+    }  # fmt: skip
+    assert arms["balanced_tuning"].align.per_class == 5 and arms["balanced_tuning"].align.step.beta == 0
+    with pytest.raises(ConfigError, match="stepps"):
+        compose([*asked, "align.step.stepps=7"])
 
 
 def test_an_arm_brings_its_sampling_and_takes_it_along():

@@ -540,6 +540,9 @@ def test_which_ones_stay_is_the_seeds_and_a_longer_tail_keeps_some_of_the_same()
 
 
 def test_a_tail_that_cannot_be_is_refused_with_the_knob():
+    says = r"leaves none of kind '10' in train: 5 of the head over imbalance=9 is less than one; lower dataset.imbal"
+    with pytest.raises(ValueError, match=says):
+        tailed({"10": 9, "2": 30, "0": 80}, imbalance=9, largest=5)
     says = r"wants 26 of kind '2' in train, which has 20; lower dataset.largest=80 or set it to null for 9"
     with pytest.raises(ValueError, match=says):
         tailed({"10": 9, "2": 20, "0": 80}, imbalance=9, largest=80)

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import PROMPT
 from PIL import Image
 
 from fedmm.data import hub, partition
 from fedmm.data.hub import classification, questions
 from fedmm.data.joined import joined
 from fedmm.data.long_tail import long_tail
+from fedmm.edge.prepare import prepare
+from fedmm.flower.server_app import plan
 from fedmm.runs import config
 
 NAMES = ["zebra", "ant", "moth"]  # not in the order of the alphabet
@@ -115,7 +118,7 @@ def test_what_is_held_out_is_nobodys_training_data_and_fixed_by_the_seed(folder)
     assert len(set.union(*sets.values())) == 36
     assert set(Counter(e.answer for e in made["public"]).values()) == {2}
     assert ids("public", public=2) == ids("public", public=2, validation=3) != ids("public", public=2, seed=1)
-    with pytest.raises(ValueError, match=r"has 12 of 'zebra' to hold out .*'public': 13.*; lower dataset.public"):
+    with pytest.raises(ValueError, match=r"has 12 of 'zebra' to hold out .*'public': 13.*; lower the dataset's public"):
         loaded(folder, public=13)
 
 
@@ -137,6 +140,9 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
         loaded(folder, ids={"train": ids["train"]})
     lists["train"].write_text("train/n00000002/n00000002_5.JPEG 1\n")
     with pytest.raises(ValueError, match=r"is of class 1, .* that it is of 2; they number classes differently"):
+        loaded(folder, ids={"train": ids["train"]})
+    lists["train"].write_text("train/n00000002/n00000002_5.JPEG\n")
+    with pytest.raises(ValueError, match=r"has the line 'train/n00000002/n00000002_5.JPEG'; wanted a file's path and"):
         loaded(folder, ids={"train": ids["train"]})
     with pytest.raises(ValueError, match=r"dataset.ids.train=nowhere.txt is no file"):
         loaded(folder, ids={"train": "nowhere.txt"})
@@ -187,6 +193,7 @@ def test_rows_with_their_own_questions(tmp_path):
     assert example.images[0].mode == "RGB" and example.images[0].getpixel((0, 0)) == (5, 5, 5)
     assert made["test"][-1].images[0].getpixel((0, 0)) == (110, 110, 110)
     two = questions(path=str(asked_folder(tmp_path / "pair", pair=True)), images=["left", "right"])["train"][0]
+    assert two.question == "<image> how many ?", "the prompt has the first one's place"
     assert [image.getpixel((0, 0)) for image in two.images] == [(0, 0, 0), (50, 50, 50)]
 
 
@@ -252,7 +259,7 @@ def test_a_split_that_one_has_not_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "clients"), [("domain", 5), ("function", 6), ("scene", 6), ("task", 4)])
-def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, name, clients):
+def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, processor, name, clients):
     monkeypatch.setenv("FEDMM_DATA", str(tmp_path))
     cfg = config.load([f"scenario=feddat_{name}"])
     for dataset in cfg.dataset.of:
@@ -261,3 +268,24 @@ def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, name, clien
     assert cfg.clients == clients == len({example.labels["dataset"] for example in made["train"]})
     shares = config.make(cfg.partition)(made["train"], clients, seeded())
     assert [len(part) for part in shares] == [len(ASKED)] * clients
+    places = [len(prepare([made["train"][part[0]]], processor, PROMPT)) for part in shares]
+    assert places == [1] * clients, "also two images are read by the prompt of all"
+
+
+@pytest.mark.parametrize("name", ["domain", "function", "scene", "task"])
+def test_the_papers_settings_leave_a_scenario_its_clients(name):
+    cfg = config.load(["experiment=feddat", f"scenario=feddat_{name}"])
+    assert cfg.clients == len(cfg.dataset.of) and cfg.rounds == 30
+
+
+def test_a_split_that_is_to_be_scored_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMM_DATA", str(tmp_path))
+    for name in ("nlvr2", "snli_ve", "vcr", "vqa_v2"):
+        asked_folder(tmp_path / name, ("train", "test"), pair=name == "nlvr2")
+    parts = [
+        f"++dataset.of.{name}.splits={{train: train, test: test}}" for name in ("nlvr2", "snli_ve", "vcr", "vqa_v2")
+    ]
+    asked = ["scenario=feddat_task", *parts, f"run.dir={tmp_path / 'run'}", "compare=[]"]
+    plan(asked)
+    with pytest.raises(ValueError, match=r"split=validation is empty or not there; the dataset has train, test"):
+        plan([*asked, "evaluate.split=validation"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fedmm.runs import client as client_side
 from fedmm.runs import config
 from fedmm.runs.export import export
 from fedmm.runs.folder import latest_checkpoint, read_rows
+from fedmm.runs.stages import _common, _NotesAt
 from fedmm.stages import align as aligning
 from fedmm.stages import pretrain as learning
 from fedmm.stages.align import align
@@ -40,7 +42,7 @@ class Notes:
     def read(self):
         return self.noted
 
-    def write(self, step, state):
+    def write(self, step, loss, state):
         self.noted = step, tree.clone(state)
         if step == self.dies_at:
             raise SystemExit("killed")
@@ -238,7 +240,7 @@ SMALL = [
     "scenario=long_tail", "dataset.of.train=400", "dataset.largest=30", "dataset.imbalance=5", "dataset.of.test=40",
     "dataset.of.validation=0", "dataset.of.public=160", "clients=3", "rounds=2", "batch_size=16", "run.at_once=1",
     "pretrain.step.steps=6", "pretrain.step.note_every=2", "align.step.steps=6", "align.step.check_every=2",
-    "align.per_class=8", "align.held_out=4", "evaluate.every=0", "partition.alpha=null",
+    "align.per_class=8", "align.held_out=4", "evaluate.every=0", "partition.alpha=null", "compare=[]",
 ]  # fmt: skip
 FORMS = {"classes": [], "llm": ["head=llm", "edge.rank=4"]}
 
@@ -291,9 +293,9 @@ def whole(tmp_path_factory) -> Path:
         return run(tmp_path_factory.mktemp("whole") / "run", "arm=mllmfl")
 
 
-@pytest.mark.parametrize("dies_in", ["captions", "pretraining", "alignment"])
+@pytest.mark.parametrize("dies_in", ["captions", "pretraining", "between its last note and the encoder", "alignment"])
 def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, dies_in):
-    calls = []
+    calls, write = [], _NotesAt.write
 
     def dies(honest, at):
         def maybe(*args, **kwargs):
@@ -311,6 +313,8 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path,
             patch.setattr(captions, "answers", dies(captions.answers, 3))
         elif dies_in == "pretraining":
             patch.setattr(learning, "losses", dies(learning.losses, 4))
+        elif "last note" in dies_in:
+            patch.setattr(_NotesAt, "write", lambda *args: (write(*args), args[1] == 6 and sys.exit("killed")))
         else:
             patch.setattr(aligning, "measured", dies(aligning.measured, 5))
         with pytest.raises(SystemExit):
@@ -322,6 +326,15 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path,
         for p in (again, whole)
     ]
     assert about[0][2:] == about[1][2:], "what each alignment did, too"
+    assert about[0][0]["steps"] == 6 and about[0][0]["loss"] == about[1][0]["loss"]
+    if dies_in != "captions":
+        assert about[0][0]["llm_samples"] >= about[1][0]["llm_samples"], "what the killed one took is paid too"
+
+
+def test_answers_that_open_data_have_once_are_left_out_with_a_warning(caplog):
+    with caplog.at_level("WARNING", logger="fedmm"):
+        assert _common(["two", "five", "two", "", "", "one"]) == ["two"]
+    assert "2 of 3 answers of open examples occur once and are not aligned on: ['five', 'one']" in caplog.text
 
 
 def test_a_compact_network_is_not_exported_as_the_backbone_it_is_not(whole, tmp_path):
@@ -360,9 +373,14 @@ def test_each_stage_has_its_override(tmp_path):
 
 
 def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
-    with pytest.raises(ValueError, match=r"fewer than two are of class 10; raise dataset.public, or set align.labels"):
+    with pytest.raises(
+        ValueError, match=r"fewer than two are of class 10; raise dataset.public .*, or set align.labels"
+    ):
         run(tmp_path / "run", "arm=mllmfl", "pretrain=none", "classes=[0,1,2,3,4,5,6,7,8,9,10]")
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
+    with pytest.raises(ValueError, match=r"align.step.trains=\['shared.haed.\*'\] names nothing; there are shared"):
+        run(tmp_path / "typo", "arm=mllmfl", "pretrain=none", "align.step.trains=[shared.haed.*]")
+    assert not (tmp_path / "typo" / "rounds.jsonl").exists()
     with pytest.raises(ValueError, match="need open images, and there are none; raise dataset.public"):
         run(tmp_path / "none", "arm=mllmfl", "dataset.of.public=0")
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fedmm.data.views import Some
-from fedmm.types import Example
+from fedmm.types import IMAGE_PLACE, Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +84,7 @@ def questions(
 ) -> dict[str, Sequence[Example]]:
     """The splits of a dataset whose rows have their own questions.
 
+    The first image stands where the prompt has it, further ones before the question where it does not say where.
     A folder may hold `train/metadata.jsonl` with lines `{"file_name": ..., "question": ..., "answer": ...}` beside its
     images, or parquet. Raises ValueError where columns or splits are not there, or where rows have no answer.
     """
@@ -183,11 +184,13 @@ def _asked(path: str, name: str | None, split: str, images: Sequence[str], colum
     rows = _rows(path, name, split, wanted | {f"images[{i}]": (c, datasets.Image) for i, c in enumerate(images)})
     named = rows.features[columns["answer"]]
     asked, given = (list(rows[columns[knob]][:]) for knob in ("question", "answer"))
+    more = f"{IMAGE_PLACE} " * (len(images) - 1)
+    asked = [text if IMAGE_PLACE in text else more + text for text in asked]
     said = [named.int2str(a) if isinstance(named, datasets.ClassLabel) and a is not None else _said(a) for a in given]
     if unanswered := sum(not text for text in said):
         raise ValueError(
-            f"{path}: {unanswered} of {len(said)} in {split} have no answer, as test splits often have; set its splits "
-            "to others, or parts of them as in validation[:50%]"
+            f"{path}: {unanswered} of {len(said)} in {split} have no answer, as often in test splits; set its splits "
+            "to others, or to parts of them as in validation[:50%]"
         )
     labels = {column: list(rows[column][:]) for knob, column in columns.items() if knob.startswith("labels")}
     return _Asked(split, rows.select_columns(list(images)), images, asked, said, labels)
@@ -231,8 +234,8 @@ def _hold_out(source: _Source, pool: Iterable[int], each: Mapping[str, int], see
     for c, rows in members.items():
         if rows and len(rows) < sum(each.values()):
             raise ValueError(
-                f"{source.path} has {len(rows)} of {source.names[c]!r} to hold out {dict(each)} of; lower "
-                "dataset.public or dataset.validation"
+                f"{source.path} has {len(rows)} of {source.names[c]!r} to hold out {dict(each)} of; lower the "
+                "dataset's public or validation"
             )
         drawn = rng.permutation(rows).tolist()
         for name, count in each.items():
@@ -249,7 +252,10 @@ def _listed(source: _Source, file: Path, ours: str) -> list[int]:
     if None in files:
         raise ValueError(f"dataset.ids goes by file names, which the images of {source.path} have not; set it to null")
     rows = {_stem(str(name)): row for row, name in enumerate(files)}
-    asked = [line.rsplit(maxsplit=1) for line in file.read_text().splitlines() if line.strip()]
+    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    if wrong := [line for line in lines if not re.fullmatch(r"\s*\S.*\s\d+\s*", line)]:
+        raise ValueError(f"{file} has the line {wrong[0]!r}; wanted a file's path and the number of its class in each")
+    asked = [line.rsplit(maxsplit=1) for line in lines]
     missing = [path for path, _ in asked if _stem(path) not in rows]
     if missing:
         raise ValueError(

@@ -39,6 +39,11 @@ def long_tail(
             "dataset.imbalance to 1 or more, dataset.largest to 1 or more or null, and give it examples"
         )
     counts = long_tail_counts(len(groups), min(available) if largest is None else largest, imbalance)
+    if not counts[-1]:
+        raise ValueError(
+            f"long_tail leaves none of {by} {list(groups)[-1]!r} in train: {counts[0]} of the head over "
+            f"imbalance={imbalance:g} is less than one; lower dataset.imbalance or raise dataset.largest"
+        )
     for value, have, want in zip(groups, available, counts, strict=True):
         if have < want:
             raise ValueError(

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedmm.data.glyphs import Glyphs, handwriting, open_digits
-from fedmm.types import Example
+from fedmm.types import IMAGE_PLACE, Example
 
 SIDE = 48
 """Pixels of a scene's side."""
@@ -70,7 +70,6 @@ TASKS: Mapping[str, str] = {
 """By the answers they want: a digit, a side, a number, a colour, two words, yes or no."""
 YES, NO = "1", "0"  # the embedded model has no such words, and says only what it was taught to say
 MIDDLE = 4  # half the digits are above. "is the red digit 3 ?", with any number, was not learnt in 128 steps of tuning
-IMAGE = "<image>"  # where the second image stands in a question; the first one's place is in the prompt
 ASKED = (*WORDS, *COLOURS, *SIDES, *ORDERS)
 """Every word of the model's own that a question can hold, numerals apart."""
 
@@ -376,7 +375,12 @@ def ask(plan: Plan, row: int) -> tuple[str, str]:
     sides = SIDES[2:] if plan.upright[row] else SIDES[:2]
     order = int(plan.smaller[row])
     question = QUESTIONS[kind].format(
-        colour=colour, digit=digits[target], side=sides[target % 2], order=ORDERS[order], middle=MIDDLE, image=IMAGE
+        colour=colour,
+        digit=digits[target],
+        side=sides[target % 2],
+        order=ORDERS[order],
+        middle=MIDDLE,
+        image=IMAGE_PLACE,
     )
     answer = {
         "colour": str(digits[target]),

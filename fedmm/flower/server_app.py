@@ -101,8 +101,12 @@ def _mistakes(arm: Arm) -> Iterator[str]:
         if arm.cfg.run.has_data and not any(
             mistake.startswith(("dataset", "partition", "clients ")) for mistake in found
         ):
-            for split, examples in splits(arm.cfg).items():
-                if split in ("train", arm.cfg.evaluate.split) and examples:
+            made = splits(arm.cfg)
+            if not made.get(arm.cfg.evaluate.split):
+                has = ", ".join(split for split, examples in made.items() if examples)
+                yield f"evaluate.split={arm.cfg.evaluate.split} is empty or not there; the dataset has {has}"
+            for split in ("train", arm.cfg.evaluate.split):
+                if made.get(split):
                     partition(arm.cfg, split)
     except ValueError as error:
         yield str(error)

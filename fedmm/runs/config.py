@@ -37,6 +37,7 @@ from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, LinkConfig
 from fedmm.types import State, Update
 
 ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
+STAGES = ("captions", "pretrain", "align")  # groups of what the server does beside the rounds
 OF_PAIRS = ("exact_lowrank", "stack", "hetlora")  # rules that look at B and A together
 _GLOBAL_HYDRA = threading.Lock()  # hydra composes in a process-wide singleton
 
@@ -109,7 +110,7 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             named = {override.split("=", 1)[0] for override in overrides}
             if "label" not in named and (by_hand := named & {"method", "rule", "schema"}):
                 cfg.label = "+".join(choices[group] for group in ("method", "rule", *by_hand & {"schema"}))
-            if "data" not in named:
+            if "data" not in named and not cfg.data:
                 named_apart = named & {"dataset", "partition"} or not choices["scenario"]
                 cfg.data = f"{choices['dataset']}, {choices['partition']}" if named_apart else choices["scenario"]
             OmegaConf.resolve(cfg)
@@ -223,6 +224,9 @@ def _check_head(cfg: Config) -> Iterator[str]:
         yield f"pretrain reaches clients in the shared state, method.sets={sets} has none; set pretrain=none"
     if cfg.pretrain.step and not cfg.compact:
         yield "pretrain trains a compact encoder; set compact=resnet8, or pretrain=none"
+    if cfg.pretrain.step and not cfg.captions.get("prompts", ["{question}"]):
+        yield "captions.prompts is empty, and nothing is asked about open images; name one"
+    by_creff = str((cfg.rule or {}).get("_target_")).endswith(".creff")
     if cfg.align.step and "shared" not in cfg.method.sets:
         yield f"align tunes the shared state, method.sets={list(cfg.method.sets)} has none; set align=none"
     if cfg.align.step and (cfg.method.retrained or at_client):
@@ -232,7 +236,9 @@ def _check_head(cfg: Config) -> Iterator[str]:
         if cfg.method.retrained:
             yield "method.retrained is a classifier's second head; set head=classes, or choose another method"
         return
-    if cfg.method.retrained and not str((cfg.rule or {}).get("_target_")).endswith(".creff"):
+    if by_creff and not cfg.method.retrained:
+        yield "rule=creff trains a head from gradients that no client sends; set method=creff, or choose another rule"
+    if cfg.method.retrained and not by_creff:
         yield "method.retrained answers by a head that rule=creff alone trains; set rule=creff"
     if not cfg.compact:
         yield "head=classes needs a network under it; set compact=resnet8"
@@ -458,7 +464,7 @@ def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
     """The arms of a run by name, each with its overrides: the main one first, then those of `compare` that there are.
 
     A compared arm keeps everything that was asked for but the label, which is its own, and whatever its own file sets
-    or chooses: a method, a rule.
+    or chooses: a method, a rule. Settings of the server's stages it keeps where it has them.
     """
     overrides = list(overrides)
     return [("main", overrides), *((arm, _compared(arm, overrides)) for arm in cfg.compare if arm in options("arm"))]
@@ -481,12 +487,11 @@ def _compared(arm: str, overrides: list[str]) -> list[str]:
     file = _arm_file(arm)
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
-    kept = []
-    for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key not in own and key.split(".")[0] not in own:
-            kept.append(override)
-    return [*kept, f"arm={arm}"]
+    keys = {override: override.lstrip("+~").split("=", 1)[0] for override in overrides}
+    of_stages = [o for o, key in keys.items() if "." in key and key.split(".")[0] in STAGES and key not in own]
+    kept = [o for o, key in keys.items() if o not in of_stages and not {key, key.split(".")[0]} & own]
+    there = dict(leaves("", _compose((*kept, f"arm={arm}"))) if of_stages else ())
+    return [*kept, *(o for o in of_stages if keys[o] in there), f"arm={arm}"]
 
 
 def leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:

@@ -248,7 +248,10 @@ frozen LLM. Peak memory is of the client's process, which in one-process runs is
 {% endif %}
 <p class="note"><b>{{ arm.label }}.</b>
 {% if arm.stages.pretrain %}
-Pretraining: {{ arm.stages.pretrain.texts | count }} texts of an MLLM, {{ arm.stages.pretrain.steps | count }} steps,
+{% set oracle = arm.stages.pretrain.writer == "oracle" %}
+Pretraining: {{ arm.stages.pretrain.texts | count }} texts
+{{ "from the data's own answers, which no MLLM wrote: an upper bound" if oracle else "of an MLLM" }},
+{{ arm.stages.pretrain.steps | count }} steps,
 {{ "%.0f" | format(arm.stages.pretrain.seconds) }} s, {{ arm.stages.pretrain.llm_samples | count }} samples through the
 LLM; the encoder has {{ arm.stages.pretrain.parameters | count }} parameters, its teacher
 {{ arm.stages.pretrain.teacher_parameters | count }}.

@@ -171,6 +171,7 @@ AT_LEAST = {
     "align.step.steps": 1, "align.step.batch_size": 1, "align.step.check_every": 1, "align.step.patience": 1,
     "align.step.beta": 0, "align.step.temperature": 0.01, "pretrain.step.steps": 1, "pretrain.step.batch_size": 1,
     "pretrain.step.texts": 0, "pretrain.step.text": 0, "pretrain.step.note_every": 1,
+    "align.step.lr": 0, "pretrain.step.lr": 0, "captions.chunk": 1,
     "edge.cache_memory_mb": 0, "edge.cache_disk_mb": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
     "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,

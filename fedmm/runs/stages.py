@@ -39,10 +39,10 @@ from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model,
 from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.runs.settings import Config
-from fedmm.stages.align import Aligned, Teacher
-from fedmm.stages.captions import fingerprint
+from fedmm.stages.align import Aligned, Teacher, tuned
+from fedmm.stages.kept import fingerprint
 from fedmm.stages.pretrain import Look
-from fedmm.stages.scores import agreement, balanced_set, class_scores
+from fedmm.stages.scores import MORE_OPEN, agreement, balanced_set, class_scores
 from fedmm.types import Batch, Example, State
 
 log = logging.getLogger("fedmm")
@@ -72,10 +72,10 @@ class _Pretraining:
 
     def run(self, compact: compacts.Compact) -> None:
         """Give `compact` the values that it learns from what the MLLM says."""
-        began = time.perf_counter()
         place = home.home() / "pretrained"
         self._says("pretraining begins, or waits for another process that does the same")
         with _threads(self.cfg.pretrain.threads), alone(place, wait=True):
+            began = time.perf_counter()
             mllm = the_mllm(self.cfg, self.held)
             who = _key(*(OmegaConf.to_yaml(node) for node in (self.cfg.captions.writer, self.cfg.llm)))
             file = home.home() / "captions" / f"{who}.jsonl"
@@ -88,19 +88,21 @@ class _Pretraining:
             if not made.exists():
                 steps = self.cfg.pretrain.step.get("steps", "the last")
                 notes = _NotesAt(
-                    made.with_suffix(".part"), lambda step: self._says(f"pretraining, step {step} of {steps}")
+                    made.with_suffix(".part"),
+                    lambda: {"seconds": time.perf_counter() - began, "llm_samples": mllm.llm.samples},
+                    lambda step: self._says(f"pretraining, step {step} of {steps}"),
                 )
                 learn = make(self.cfg.pretrain.step)
-                losses = learn(compact, mllm.model, self._looks(mllm, told.examples), notes, self.cfg.seed)
-                about = {"steps": len(losses), "loss": losses[-1], "llm_samples": mllm.llm.samples}
-                cost = json.dumps(about | {"seconds": time.perf_counter() - began})
-                home.save(compact.state_dict(), made, {"cost": cost})
+                learn(compact, mllm.model, self._looks(mllm, told.examples), notes, self.cfg.seed)
+                home.save(compact.state_dict(), made, {"cost": json.dumps(notes.about)})
                 notes.path.unlink(missing_ok=True)
             compact.load_state_dict(safetensors.torch.load_file(made))
         with safetensors.safe_open(made, "pt") as file:
             cost = json.loads(file.metadata()["cost"])  # of whoever made it
         sizes = {"parameters": _size(compact), "teacher_parameters": _size(mllm.encoder)}
-        _once(self.folder, stage="pretrain", round=0, texts=len(told.kept), dropped=told.dropped, **sizes, **cost)
+        writer = str(self.cfg.captions.writer["_target_"]).rpartition(".")[2]
+        texts = {"texts": len(told.kept), "dropped": told.dropped, "writer": writer}
+        _once(self.folder, stage="pretrain", round=0, **texts, **sizes, **cost)
 
     def _says(self, says: str) -> None:
         self.folder.event("stage", label=self.cfg.label, says=says)
@@ -128,7 +130,7 @@ class Alignment:
         """`own` is the backbone as it is, the MLLM; `held` what the arm's clients train on. Raises ValueError where
         there is no open image of a class."""
         self.cfg, self.folder = cfg, folder
-        began = time.perf_counter()
+        began, self._waited = time.perf_counter(), 0.0
         folder.event("stage", label=cfg.label, says="the MLLM is asked about the open images")
         by_mllm = cfg.align.labels == "mllm"
         with _threads(cfg.align.threads):
@@ -136,11 +138,12 @@ class Alignment:
             self._mllm = the_mllm(cfg, own) if asks else None
             built = server_model(cfg, held)
             self.model = built.model
+            tuned([*built.model.edge.named()], cfg.align.step.get("trains", ["*"]))  # before anybody trains
             examples, classes = open_examples(cfg), held.card.get("classes")
             truths = [example.answer for example in examples]
             said, scores_NC = self._word(own, examples, classes) if by_mllm else ([], None)
             labels = said if by_mllm else truths
-            names = classes or [name for name, count in Counter(labels).items() if count > 1]
+            names = classes or _common(labels)
             drawn = seeds.generator(cfg.seed, "balanced")
             chosen, held_out = balanced_set(labels, names, cfg.align.per_class, cfg.align.held_out, drawn)
             some, others = ([replace(examples[i], answer=labels[i]) for i in part] for part in (chosen, held_out))
@@ -152,7 +155,7 @@ class Alignment:
             known = [truths[i] for i in chosen]
             self.agreement = agreement(said, known) if asks and all(known) else None
             self.teacher = _teacher(self._mllm, some, scores_NC) if self._mllm else _nobody
-        cost = {"seconds": time.perf_counter() - began, "llm_samples": self._samples()}
+        cost = {"seconds": time.perf_counter() - began - self._waited, "llm_samples": self._samples()}
         about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
         _once(folder, stage="open set", round=0, **about, **cost)
 
@@ -168,7 +171,7 @@ class Alignment:
             log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
         about = {key: value for key, value in vars(found).items() if key != "state"}
         about |= {"seconds": time.perf_counter() - began, "llm_samples": self._samples() - samples}
-        self.folder.append(ROWS, stage="align", round=round, **about)
+        _once(self.folder, stage="align", round=round, **about)
         self.folder.event("aligned", round=round, **about)
         return found.state
 
@@ -185,7 +188,9 @@ class Alignment:
         if classes is None:
             return self._mllm.said(examples), None
         place, mllm = home.home() / "scores", self._mllm
+        asked = time.perf_counter()
         with alone(place, wait=True):
+            self._waited += time.perf_counter() - asked
             scores_NC = class_scores(mllm.model, mllm.processor, own.backbone.prompt, examples, classes, path=place)
         return [classes[i] for i in scores_NC.argmax(-1).tolist()], scores_NC
 
@@ -206,6 +211,17 @@ def _teacher(mllm: MLLM, examples: Sequence[Example], scores_NC: Tensor | None) 
 def _held(items: Sequence[Prepared]) -> list[Prepared]:
     """The items with their pixels in memory once they were asked for: there are few, seen in every round."""
     return [replace(item, pixels=functools.cache(item.pixels)) for item in items]
+
+
+def _common(labels: Sequence[str]) -> list[str]:
+    """The answers that open examples have twice or more, to tune on and to stop by; a warning names the rest."""
+    counts = Counter(label for label in labels if label.strip())
+    names = [name for name, count in counts.items() if count > 1]
+    if out := sorted(counts.keys() - set(names)):
+        log.warning(
+            "%d of %d answers of open examples occur once and are not aligned on: %s", len(out), len(counts), out
+        )
+    return names
 
 
 def _nobody(indices: Sequence[int], batch: Batch) -> Tensor:
@@ -247,29 +263,34 @@ def open_examples(cfg: Config) -> Sequence[Example]:
     """The public split. Raises ValueError where it is empty."""
     if examples := splits(cfg).get("public"):
         return examples
-    raise ValueError("the stages at the server need open images, and there are none; raise dataset.public")
+    raise ValueError(f"the stages at the server need open images, and there are none; {MORE_OPEN}")
 
 
 def _once(folder: RunFolder, **row: Any) -> None:
-    """Write a row about what is done once a run: a run that goes on has it already."""
-    if not any(there["stage"] == row["stage"] for there in folder.rows(ROWS)):
+    """Write a row about what is done once in a round, or before any: a run that goes on may have it already."""
+    if not any((there["stage"], there["round"]) == (row["stage"], row["round"]) for there in folder.rows(ROWS)):
         folder.append(ROWS, **row)
 
 
 class _NotesAt:
-    """Notes in a file beside what they become."""
+    """Notes in a file beside what they become, with what the steps until then took, of all processes that took them."""
 
-    def __init__(self, path: Path, noted: Callable[[int], None]) -> None:
-        self.path, self._noted = path, noted
+    def __init__(self, path: Path, spent: Callable[[], dict[str, float]], noted: Callable[[int], None]) -> None:
+        self.path, self._spent, self._noted = path, spent, noted
+        self.about: dict[str, Any] = {}  # the last note's
+        self._before: dict[str, Any] = {}
 
     def read(self) -> tuple[int, State] | None:
         if not self.path.exists():
             return None
-        noted = safetensors.torch.load_file(self.path)
-        return int(noted.pop("step")), noted
+        with safetensors.safe_open(self.path, "pt") as file:
+            self.about = self._before = json.loads(file.metadata()["about"])
+        return self.about["steps"], safetensors.torch.load_file(self.path)
 
-    def write(self, step: int, state: State) -> None:
-        home.save({**state, "step": torch.tensor(step)}, self.path)
+    def write(self, step: int, loss: float, state: State) -> None:
+        spent = {key: value + self._before.get(key, 0) for key, value in self._spent().items()}
+        self.about = {"steps": step, "loss": loss, **spent}
+        home.save(state, self.path, {"about": json.dumps(self.about)})
         self._noted(step)
 
 

@@ -67,10 +67,8 @@ def align(
     function of (seed, round, step).
     """
     model.edge.load(model.edge.state() | state)
-    model.edge.freeze_all_but([name for name in (f"shared.{key}" for key in state) if fits(name, trains)])
+    model.edge.freeze_all_but(tuned([f"shared.{key}" for key in state], trains))
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError(f"align.step.trains={list(trains)} names nothing; there are {', '.join(model.edge.named())}")
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     loss, accuracy = first = measured(model, held_out, batch_size)
     best, kept, worse, reason, step = state, 0, 0, "", 0
@@ -91,7 +89,8 @@ def align(
             optimizer.step()
         now = measured(model, held_out, batch_size) if step % check_every == 0 or step == steps else None
         if not torch.isfinite(total) or (now and not now[0] < float("inf")):
-            reason = f"the loss is {total.item():g} at step {step}; lower align.step.lr={lr:g}"
+            what, value = ("held-out loss", now[0]) if now and torch.isfinite(total) else ("loss", total.item())
+            reason = f"the {what} is {value:g} at step {step}; lower align.step.lr={lr:g}"
             break
         if now and now[0] < loss:
             (loss, accuracy), best, kept, worse = now, _of(model, state), step, 0
@@ -99,6 +98,13 @@ def align(
             reason = f"no better on held-out open data since step {kept}"
             break
     return Aligned(best, step, kept, first[0], loss, first[1], accuracy, reason)
+
+
+def tuned(names: Sequence[str], trains: Sequence[str]) -> list[str]:
+    """Those that `trains` names. Raises ValueError where it names none."""
+    if found := [name for name in names if fits(name, trains)]:
+        return found
+    raise ValueError(f"align.step.trains={list(trains)} names nothing; there are {', '.join(names)}")
 
 
 def _of(model: Model, state: State) -> State:

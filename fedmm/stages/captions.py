@@ -21,11 +21,10 @@ import torch
 from PIL import Image
 
 from fedmm import tree
-from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
-from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
+from fedmm.stages.kept import fingerprint, mend, reads
 from fedmm.types import Example
 
 NOTED_CHUNKS = 20
@@ -243,7 +242,7 @@ def hub(
         return [text.strip() for text in texts]
 
     weights = tree.digest({**dict(writes.named_parameters()), **dict(writes.named_buffers())})
-    about = f"{weights} {template or chat} {max_tokens} {_reads(asks.tokenizer, asks.image_processor)}"
+    about = f"{weights} {template or chat} {max_tokens} {reads(asks.tokenizer, asks.image_processor)}"
     return Writer(f"hub:{path}:{hashlib.sha256(about.encode()).hexdigest()[:16]}", say)
 
 
@@ -295,23 +294,6 @@ def oracle(model: Model, processor: Processor, prompt: str) -> Writer:
         return [example.answer for example in asked]
 
     return Writer("oracle", say)
-
-
-def fingerprint(model: Model, processor: Processor, prompt: str) -> str:
-    """A hash of all that the answers of the host's own LLM depend on, its adapters apart."""
-    assert isinstance(model.llm, LocalLLM) and isinstance(model.edge, NanoEdge), "the host's own LLM"
-    assert model.edge.encoder is not None, "and its encoder"
-    adapters = {id(parameter) for parameter in model.edge.named().values()}
-    modules = (model.edge.encoder, model.edge.connector, model.llm.decoder, model.llm.head)
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) not in adapters]
-    weights = tree.digest({str(i): tensor for i, tensor in enumerate(tensors)})  # their names change with adapters
-    about = f"{weights} {prompt} {_reads(processor.tokenizer, processor.load_images())}"
-    return hashlib.sha256(about.encode()).hexdigest()
-
-
-def _reads(tokenizer: Any, images: Any) -> str:
-    """How a model is given its tokens and pixels."""
-    return f"{sorted(tokenizer.get_vocab().items())} {images.to_json_string()}"
 
 
 def _inputs(asks: Any, examples: Sequence[Example], template: str | None) -> Any:
@@ -411,16 +393,6 @@ def _resume(path: Path) -> list[Caption]:
         return []
     whole = mend(path)
     return [Caption(**{key: line[key] for key in _KEYS}) for _, line in _lines(path, whole.split(b"\n"), _KEYS)]
-
-
-def mend(path: Path) -> bytes:
-    """Take a last line that was cut off out of a jsonl, so that it can be appended to; returns what is left."""
-    whole = path.read_bytes()
-    if not whole.endswith(b"\n") and whole:
-        whole = whole[: whole.rfind(b"\n") + 1]
-        with path.open("rb+") as file:
-            file.truncate(len(whole))
-    return whole
 
 
 def _lines(path: Path, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, str]]]:

@@ -37,7 +37,7 @@ class Notes(Protocol):
 
     def read(self) -> tuple[int, State] | None: ...
 
-    def write(self, step: int, state: State) -> None: ...
+    def write(self, step: int, loss: float, state: State) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def pretrain(
     ramp: float = 1.0,
     note_every: int = 100,
 ) -> list[float]:
-    """Train `compact` where it stands; the losses of the steps that were taken here.
+    """Train `compact` where it stands; the losses of the steps that were taken here. The last one is always noted.
 
     Of a step's images `texts` pass the LLM, which is most of the time. AdamW, its rate on a half cosine. A step's batch
     is a function of (seed, step), so a run that was killed and goes on from its last note ends with the same bits.
@@ -120,7 +120,7 @@ def pretrain(
         optimizer.step()
         taken.append(loss.item())
         if step % note_every == 0 or step == steps:
-            notes.write(step, _noted(compact, optimizer))
+            notes.write(step, loss.item(), _noted(compact, optimizer))
     return taken
 
 

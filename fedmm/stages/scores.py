@@ -25,10 +25,11 @@ from torch import Tensor
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.model import Model
-from fedmm.stages.captions import fingerprint, mend
+from fedmm.stages.kept import fingerprint, mend
 from fedmm.types import IGNORE, Example
 
 log = logging.getLogger("fedmm.stages")
+MORE_OPEN = "raise dataset.public (of a dataset made from another, dataset.of.public)"
 
 
 @torch.no_grad()
@@ -87,8 +88,8 @@ def balanced_set(
     rows = {name: [i for i, answer in enumerate(answers) if answer == name] for name in names}
     if empty := [name for name, own in rows.items() if len(own) < 2]:
         raise ValueError(
-            f"of {len(answers)} open examples fewer than two are of class {', '.join(empty)}; raise "
-            "dataset.public, or set align.labels to another source"
+            f"of {len(answers)} open examples fewer than two are of class {', '.join(empty)}; {MORE_OPEN}, or set "
+            "align.labels to another source"
         )
     if short := {name: len(own) for name, own in rows.items() if len(own) < wanted}:
         log.warning("fewer than %d open examples of %d classes; all of them are taken: %s", wanted, len(short), short)
