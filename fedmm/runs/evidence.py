@@ -234,7 +234,11 @@ def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     if not any(_stages(row, "seconds") for row in table_of):
         return ()
     return (
-        Column("server's stages s", lambda row, others: f"{_stages(row, 'seconds'):.0f}"),
+        Column(
+            "server's stages s",
+            lambda row, others: f"{_stages(row, 'seconds'):.0f}",
+            "texts and scores that another run has left cost nothing again, a pretrained encoder what it cost that one",
+        ),
         Column("LLM samples in them", lambda row, others: f"{_stages(row, 'llm_samples'):,.0f}"),
     )
 

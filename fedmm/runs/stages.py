@@ -155,6 +155,9 @@ class Alignment:
             known = [truths[i] for i in chosen]
             self.agreement = agreement(said, known) if asks and all(known) else None
             self.teacher = _teacher(self._mllm, some, scores_NC) if self._mllm else _nobody
+        if self.agreement is not None:
+            share = f"{100 * self.agreement:.0f}% of {len(chosen)} open images"
+            folder.event("stage", label=cfg.label, says=f"by itself the MLLM knows {share}")
         cost = {"seconds": time.perf_counter() - began - self._waited, "llm_samples": self._samples()}
         about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
         _once(folder, stage="open set", round=0, **about, **cost)
