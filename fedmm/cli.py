@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         from fedmm.runs.progress import watch as show
 
         if not args.dir.exists() or (args.dir / "runs").is_dir():
-            what = "a sweep; watch a folder in it" if args.dir.exists() else "not there yet; waiting for it"
+            sweeps = f"a sweep; watch a run of it, in {args.dir / 'runs'}"
+            what = sweeps if args.dir.exists() else "not there yet; waiting for it"
             print(f"{args.dir} is {what}", file=sys.stderr)
         until = (lambda: not _alive(args.pid)) if args.pid else None
         return show(args.dir, until=until, stall_seconds=args.stall)

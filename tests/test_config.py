@@ -216,7 +216,7 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (["scenario=long_tail", "arm=mllmfl", "captions.chunk=0"], "captions.chunk must be at least 1"),
         (["scenario=long_tail", "compact.widths=[8,12,16]"], "compact.widths=[8, 12, 16] must be multiples of 8"),
         (["scenario=long_tail", "compact.layer=bottleneck"], "must be multiples of 32"),
-        (["arm=mllmfl"], "set compact=resnet8, or pretrain=none"),
+        (["arm=mllmfl"], "set compact=resnet8 or pretrain=none"),
         (["arm=creff"], "method.retrained is a classifier's second head; set head=classes"),
         (["head=classes"], "head=classes needs a network under it; set compact=resnet8"),
         (["scenario=long_tail", "arm=creff", "align=mllm"], "align does not go with method.retrained; set align=none"),

@@ -154,7 +154,7 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
         ({"label": "label"}, r"dataset.label=label: .* has no such column; set it to one of img \(Image\), fine_label"),
         ({"image": "note"}, r"dataset.image=note: .* has no Image there; set it to one of img \(Image\)"),
         ({"splits": {"train": "trian"}}, r"(?s)trian.*train.*set dataset.splits or dataset.name"),
-        ({"path": "./nowhere"}, r"(?s)\./nowhere.*no folder here, nor reached on the hub: set its path"),
+        ({"path": "./nowhere"}, r"(?s)\./nowhere is no folder with data here, nor found on the hub .*; set its path"),
         ({"splits": {"test": "test"}}, r"needs train"),
         ({"splits": {"train": "train", "validation": "test"}, "validation": 2}, r"set dataset.validation=2 to 0"),
         ({"ids": {"valid": "x"}}, r"name in dataset.ids=.*valid.* splits that are there"),

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import build, config, evidence, plots, report, summary
+from fedmm.runs import build, config, evidence, plots, progress, report, summary
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.progress import watch
 
@@ -317,9 +317,20 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
     rows = evidence.rows([finished])
     for cell in evidence.cells(rows, evidence.short_columns(rows))[-1]:
         assert cell in out
-    assert max(map(len, out[out.rindex("finished: own") :].splitlines()[1:-1])) <= 80
+    assert max(map(len, out[out.rindex("finished: test") :].splitlines()[1:-1])) <= 80
     assert "[1/2] FedNano round 3/3  loss 1.500" in out and "[2/2] FedAvg round 1/3" in out
     assert len([line for line in out.splitlines() if " round " in line and "loss" in line]) == 2 * ROUNDS
+
+
+def test_a_table_that_is_too_wide_loses_columns_and_no_word_is_broken(finished):
+    rows = evidence.rows([finished])
+    whole, narrow = (progress._arms_table(finished, width) for width in (200, 45))
+    assert [column.header for column in whole.columns] == [column.heading for column in evidence.short_columns(rows)]
+    assert 2 <= len(narrow.columns) < len(whole.columns)
+    out = io.StringIO()
+    Console(file=out, width=45, color_system=None).print(narrow)
+    assert max(map(len, out.getvalue().splitlines())) <= 45
+    assert all(word in out.getvalue().split() for column in narrow.columns for word in str(column.header).split())
 
 
 def test_both_wires_are_counted_apart(finished):

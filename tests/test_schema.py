@@ -118,6 +118,8 @@ def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, delta
     from transformers import LlavaForConditionalGeneration
 
     export(path, tmp_path / "tuned")
+    with pytest.raises(ValueError, match="tuned has files already; name a folder that is not there yet"):
+        export(path, tmp_path / "tuned")
     tuned = LlavaForConditionalGeneration.from_pretrained(tmp_path / "tuned")
     start = LlavaForConditionalGeneration.from_pretrained(backbone[1].removeprefix("llm.path="))
     down = torch.empty(2 * 4, 16).uniform_(-0.25, 0.25, generator=seeds.generator(0, "adapters"))[4:]

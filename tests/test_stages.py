@@ -383,6 +383,11 @@ def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
     assert not (tmp_path / "typo" / "rounds.jsonl").exists()
     with pytest.raises(ValueError, match="need open images, and there are none; raise dataset.public"):
         run(tmp_path / "none", "arm=mllmfl", "dataset.of.public=0")
+    with pytest.raises(
+        ValueError, match=r"captions.writer.folder=captions has no \*.jsonl; prepare texts there, or set"
+    ):
+        run(tmp_path / "texts", "arm=mllmfl", "captions=prepared")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "texts").exists(), "before anything starts"
 
 
 def test_an_alignment_every_other_round_and_by_the_mllms_own_labels(tmp_path):

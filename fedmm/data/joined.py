@@ -18,9 +18,16 @@ def joined(
     """The datasets one after the other; where an example is from stands in its label `dataset` and before its id.
 
     Nothing is copied and no image is looked at. Open data may be of some only; raises ValueError where another split
-    is.
+    is, and with the mistakes of all datasets.
     """
-    found = {name: dict(make()) for name, make in of.items()}
+    found, mistakes = {}, []
+    for name, make in of.items():
+        try:
+            found[name] = dict(make())
+        except ValueError as error:
+            mistakes.append(f"dataset.of.{name}: {error}")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     splits = dict.fromkeys(split for made in found.values() for split in made)
     for split in splits:
         if split != "public" and (without := [name for name, made in found.items() if not made.get(split)]):

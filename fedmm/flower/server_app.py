@@ -18,6 +18,7 @@ from fedmm.runs import config, report
 from fedmm.runs.build import Whole, partition, splits, whole
 from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.runs.settings import Config
+from fedmm.runs.stages import check_stages
 from fedmm.store import Store
 
 app = ServerApp()
@@ -105,6 +106,7 @@ def _mistakes(arm: Arm) -> Iterator[str]:
             if not made.get(arm.cfg.evaluate.split):
                 has = ", ".join(split for split, examples in made.items() if examples)
                 yield f"evaluate.split={arm.cfg.evaluate.split} is empty or not there; the dataset has {has}"
+            check_stages(arm.cfg)
             for split in ("train", arm.cfg.evaluate.split):
                 if made.get(split):
                     partition(arm.cfg, split)

@@ -223,7 +223,10 @@ def _check_head(cfg: Config) -> Iterator[str]:
         sets = list(cfg.method.sets)
         yield f"pretrain reaches clients in the shared state, method.sets={sets} has none; set pretrain=none"
     if cfg.pretrain.step and not cfg.compact:
-        yield "pretrain trains a compact encoder; set compact=resnet8, or pretrain=none"
+        yield (
+            "pretrain trains a compact encoder; set compact=resnet8 or pretrain=none, or take scenario=long_tail or "
+            "experiment=mllmfl_embedded, which set all"
+        )
     if cfg.pretrain.step and not cfg.captions.get("prompts", ["{question}"]):
         yield "captions.prompts is empty, and nothing is asked about open images; name one"
     by_creff = str((cfg.rule or {}).get("_target_")).endswith(".creff")

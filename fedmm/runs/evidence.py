@@ -144,6 +144,7 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         *_group_columns(table_of),
         Column("MB up", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [0]))),
         Column("MB down", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [1]))),
+        *_stage_columns(table_of)[:1],
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
     )
 

@@ -19,6 +19,8 @@ def export(run: Path, into: Path) -> int:
 
     Raises ValueError where there is nothing to fold, or folding would not be exact.
     """
+    if into.exists() and any(into.iterdir()):
+        raise ValueError(f"{into} has files already; name a folder that is not there yet")
     cfg: Any = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").exists() else None
     found = latest_checkpoint(run)
     if cfg is None or found is None:

@@ -158,7 +158,10 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
 def check_folder(path: Path, config_yaml: str) -> None:
     """Raises ValueError where `path` holds another run than this configuration's."""
     if (path / "config.yaml").exists() and _what(path.joinpath("config.yaml").read_text()) != _what(config_yaml):
-        raise ValueError(f"{path} holds a run with another configuration; set run.dir to another folder, or remove it")
+        raise ValueError(
+            f"{path} holds a run with another configuration; set run.dir (of a sweep, its folder) to another, or "
+            "remove it"
+        )
 
 
 def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:

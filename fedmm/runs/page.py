@@ -160,7 +160,7 @@ that of several arms the first pays) stand below, by channel; seconds are from a
 {% if merged %}
 <p class="note">Adapters act through their products <i>B A</i>. A rule that merges <i>A</i> and <i>B</i> apart
 misses the mean of the clients' products, here by
-{% for arm in merged %}{{ arm.product_error | percent }} ({{ arm.label }}){{ ', ' if not loop.last }}{% endfor %}
+{% for arm in merged %}{{ arm.product_error | percent }} ({{ arm.label }}){{ ', ' if not loop.last }}{% endfor +%}
 of its size, mean over adapters and rounds.</p>
 {% endif %}
 

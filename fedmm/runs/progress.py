@@ -26,6 +26,7 @@ from fedmm.runs import evidence, summary
 from fedmm.runs.folder import read_rows
 
 POLL_SECONDS = 0.25
+GAP = 3  # characters between two columns of the last table
 ENDS = ("finished", "failed")
 
 
@@ -80,7 +81,7 @@ def _close(state: _Watched, why: str, console: Console) -> int:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.end["time"]))
         why = f"the run failed at {when}: {state.end.get('error')}"
     if summary.arm_folders(state.run):
-        console.print(_arms_table(state.run))
+        console.print(_arms_table(state.run, console.width))
     if failed:
         if any((state.run / "checkpoints").glob("*.safetensors")):
             _say(console, f"the same command with run.dir={state.run} goes on from the last whole round")
@@ -339,7 +340,7 @@ def _accuracy(arm: _Arm) -> str:
     """The state after round r is scored in round r + 1, so the words say which round the figure is of."""
     if arm.accuracy is None:
         return ""
-    return f"own test {100 * arm.accuracy:.1f}% " + (f"after round {arm.scored}" if arm.scored else "at the start")
+    return f"test {100 * arm.accuracy:.1f}% " + (f"after round {arm.scored}" if arm.scored else "at the start")
 
 
 def _bytes(arm: _Arm) -> str:
@@ -364,14 +365,22 @@ def _where(state: _Watched) -> str:
     return f" (in {arm.label}, after round {arm.round} of {arm.rounds})" if arm else f" (looked in {state.run})"
 
 
-def _arms_table(run: Path) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _arms_table(run: Path, width: int) -> Table:
+    """What fits into so many characters, without a word broken; the report has the rest."""
     rows = evidence.rows([run])
     shown = evidence.short_columns(rows)
-    for i, column in enumerate(shown):
-        out.add_column(column.heading, justify="right" if i else "left", overflow="fold")
-    for cells in evidence.cells(rows, shown):
-        out.add_row(*map(Text, cells))
+    cells = evidence.cells(rows, shown)
+    under = [(column.heading, *of) for column, *of in zip(shown, *cells, strict=True)]
+    widths = [max(map(len, texts)) for texts in under]
+    if sum(widths) + GAP * len(widths) > width:  # headings in several lines
+        widths = [max(len(word) for word in (*heading.split(), *of)) for heading, *of in under]
+    while len(widths) > 2 and sum(widths) + GAP * len(widths) > width:
+        widths.pop()
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, own in enumerate(widths):
+        out.add_column(shown[i].heading, justify="right" if i else "left", width=own)
+    for line in cells:
+        out.add_row(*map(Text, line[: len(widths)]))
     return out
 
 

@@ -44,7 +44,7 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
     picture, shown = into.with_suffix(".png"), evidence.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     parts = [
-        "# Results",
+        f"# {into.stem.replace('_', ' ').capitalize()}",
         "\n".join(f"- `{asked}`, {day}, {os.cpu_count()} cores." for asked, day in made.items()),
         evidence.reading(shown),
         evidence.markdown(rows, shown),

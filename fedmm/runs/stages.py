@@ -262,6 +262,15 @@ def the_mllm(cfg: Config, held: Whole) -> MLLM:
     return MLLM(Model(edge, llm), processor, llm, edge.encoder, ready)
 
 
+def check_stages(cfg: Config) -> None:
+    """Raises ValueError where a stage would find no open images, or no texts that were to be prepared."""
+    if cfg.pretrain.step or cfg.align.step:
+        open_examples(cfg)
+    folder = cfg.captions.writer.get("folder") if cfg.pretrain.step else None
+    if folder and not any(Path(folder).glob("*.jsonl")):
+        raise ValueError(f"captions.writer.folder={folder} has no *.jsonl; prepare texts there, or set captions=own")
+
+
 def open_examples(cfg: Config) -> Sequence[Example]:
     """The public split. Raises ValueError where it is empty."""
     if examples := splits(cfg).get("public"):
