@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fedmm.data.views import Some
+from fedmm.data.views import Rows, Some
 from fedmm.types import IMAGE_PLACE, Example
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def questions(
 
 
 @dataclass(frozen=True)
-class _Asked(Sequence[Example]):
+class _Asked(Rows):
     """A whole split of the dataset: its texts are in memory, its images are not."""
 
     split: str
@@ -107,17 +107,14 @@ class _Asked(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def __getitem__(self, i: Any) -> Any:
-        row = range(len(self))[i]
-        if isinstance(row, range):
-            return Some(self, row)
+    def example(self, row: int) -> Example:
         labels = {"answer": self.answers[row], **{name: str(values[row]) for name, values in self.labels.items()}}
         images = _Images(self.rows, self.images, row)
         return Example(f"{self.split}/{row:07d}", images, self.questions[row], self.answers[row], labels)
 
 
 @dataclass(frozen=True)
-class _Source(Sequence[Example]):
+class _Source(Rows):
     """A whole split of the dataset: its classes are in memory, its images are not."""
 
     path: str
@@ -131,10 +128,7 @@ class _Source(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.classes)
 
-    def __getitem__(self, i: Any) -> Any:
-        row = range(len(self))[i]
-        if isinstance(row, range):
-            return Some(self, row)
+    def example(self, row: int) -> Example:
         name = self.names[self.classes[row]]
         labels = {"class": name, "answer": name, "rank": str(self.classes[row])}
         return Example(f"{self.split}/{row:07d}", _Images(self.rows, [self.image], row), self.question, name, labels)

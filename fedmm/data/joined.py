@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
-from fedmm.data.views import Some
+from fedmm.data.views import Rows
 from fedmm.types import Example
 
 
@@ -39,19 +38,16 @@ def joined(
 
 
 @dataclass(frozen=True)
-class _Joined(Sequence[Example]):
+class _Joined(Rows):
     parts: Mapping[str, Sequence[Example]]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))
 
-    def __getitem__(self, i: Any) -> Any:
-        index = range(len(self))[i]
-        if isinstance(index, range):
-            return Some(self, index)
+    def example(self, row: int) -> Example:
         ends = accumulate(map(len, self.parts.values()))
         name, part, end = next(
-            (name, part, end) for (name, part), end in zip(self.parts.items(), ends, strict=True) if index < end
+            (name, part, end) for (name, part), end in zip(self.parts.items(), ends, strict=True) if row < end
         )
-        example = part[index - end + len(part)]
+        example = part[row - end + len(part)]
         return replace(example, id=f"{name}/{example.id}", labels={**example.labels, "dataset": name})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,17 @@ class Some(Sequence[Example]):
 
     def __getitem__(self, i: Any) -> Any:
         return Some(self.split, self.indices[i]) if isinstance(i, slice) else self.split[self.indices[i]]
+
+
+class Rows(Sequence[Example]):
+    """A split that is asked for row by row; a slice of it is a view. `example` is given a row that there is."""
+
+    @abstractmethod
+    def example(self, row: int) -> Example: ...
+
+    def __getitem__(self, i: Any) -> Any:
+        row = range(len(self))[i]
+        return Some(self, row) if isinstance(row, range) else self.example(row)
 
 
 def by_value(examples: Sequence[Example], by: str, who: str, knob: str) -> dict[str, list[int]]:
