@@ -322,7 +322,7 @@ def test_a_broken_prepared_line_names_file_and_line(tiny, tmp_path, line, says):
 
 
 def test_a_folder_without_texts_is_named(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"captions.writer.folder=.* has no \*.jsonl; its lines are to be"):
+    with pytest.raises(ValueError, match=r"captions.writer.folder=.* has no \*.jsonl; prepare texts there, a line"):
         prepared(*tiny, folder=str(tmp_path / "nowhere"))
 
 

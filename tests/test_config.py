@@ -96,7 +96,7 @@ def test_the_options_named_are_those_of_what_was_chosen():
             ["arm=fedavg", "rule=fisher"],
             "client 0 sent none; set method=fednano",
         ),
-        (["arm=fedavg", "rule=trimmed_mean", "rule.trim=3"], "rule.trim=3 drops 3 of 5 clients at each end"),
+        (["arm=fedavg", "rule=trimmed_mean", "rule.trim=3"], "rule.trim=3 must leave one of 5 clients in a round"),
         (["arm=fedavg", "rule=fedadam", "rule.lr=0"], "rule.lr and rule.tau above 0"),
         (["arm=fedavg", "edge.ranks=[4,16]"], "one rank; set edge.ranks=null, or rule=hetlora"),
         (["arm=fedavg", "edge.ranks=[4,16]", "clients_per_round=1"], "one rank; set edge.ranks=null"),
@@ -209,7 +209,7 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
     ("asked", "knob"),
     [
         (["scenario=long_tail", "arm=creff", "rule=mean"], "a head that rule=creff alone trains; set rule=creff"),
-        (["align=mllm", "arm=flora"], "align does not see what the rule folds into the base; set align=none"),
+        (["align=mllm", "arm=flora"], "align does not see what rule=stack folds into the base; set align=none"),
         (["align=mllm", "align.step.check_every=0"], "align.step.check_every must be at least 1, got 0"),
         (["scenario=long_tail", "arm=fedavg", "rule=creff"], "a head from gradients that no client sends; set method"),
         (["scenario=long_tail", "arm=mllmfl", "captions.prompts=[]"], "captions.prompts is empty"),
@@ -234,6 +234,13 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (["compact=resnet8", "llm.where=client"], "llm.where=client runs that one; set compact=none"),
         (["compact=resnet8", "edge.lora.rank=2"], "set it to 0, or compact=none"),
         (["arm=feddat", "rule=stack"], "whose one set is shared"),
+        (["arm=feddat", "rule=stack", "edge.lora.rank=2"], "whose one set is shared"),
+        (["arm=feddat", "rule=stack", "edge.lora.rank=2"], "LoRA"),
+        (["arm=feddat", "method.step.teacher=[frozen]"], "method.step.teacher=['frozen'] has nothing that trains"),
+        (["arm=feddat", "method.step.temperature=0"], "method.step.temperature must be at least 0.01"),
+        (["arm=feddat", "method.step.ramp=-1"], "method.step.ramp must be at least 0"),
+        (["arm=fedprox", "method.step.mu=-1"], "method.step.mu must be at least 0"),
+        (["arm=fedavg", "rule=trimmed_mean", "clients=2"], "rule.trim=0.2 must leave one of 2 clients"),
         (["arm=flora", "inner=lora", "llm.where=client"], "LoRA"),
         (["arm=feddpa", "schema=freeze_a"], "leave schema=... out"),
         (["arm=feddpa", "clients_per_round=3"], "clients_per_round=null"),
@@ -245,6 +252,16 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(asked, knob):
     assert any(knob in mistake for mistake in check(compose(asked)))
+
+
+def test_a_prefix_of_hydra_changes_no_name():
+    assert compose(["++label=mine", "method=lora"]).label == "mine"
+
+
+def test_a_preset_with_other_data_is_called_by_it():
+    assert compose(["experiment=mllmfl"]).data == "cifar10_lt"
+    assert compose(["experiment=mllmfl", "dataset=cifar100_lt", "partition=equal"]).data == "cifar100_lt, equal"
+    assert compose(["experiment=mllmfl", "dataset=cifar100_lt", "data=mine"]).data == "mine"
 
 
 @pytest.mark.parametrize("by", ["halves", "[100]", "[20,100]", "[100,x]", "[100,20,1]", "3", "true"])

@@ -145,7 +145,7 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
     ]
     rows = evidence.rows([*made, write_arm(tmp_path / "plateau", "FedAvg, plateau", 0, {"0": 0.7}, data="other")])
     for rank in (4, 8):
-        assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0"
+        assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0 ¹"
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
     assert evidence.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
     with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
@@ -207,13 +207,25 @@ def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
     assert config.compose(one.overrides).label == "FedAvg"
 
 
+def test_who_was_not_scored_is_in_no_difference_and_said_to_be_missing(tmp_path):
+    for seed in range(2):
+        write_arm(tmp_path / f"avg{seed}", "FedAvg", seed, {"0": 0.5, "1": 0.5, "2": 0.5})
+        write_arm(tmp_path / f"dat{seed}", "FedDAT", seed, {"0": 0.6, "1": 0.6}, unscored=[2], lost=3)
+    rows = evidence.rows(sorted(tmp_path.iterdir()))
+    assert cell(rows, "FedDAT", "own - FedAvg") == "+10.0 ± 0.0"
+    assert cell(rows, "FedDAT", "clients unscored") == "2" and cell(rows, "FedAvg", "clients unscored") == "0"
+    assert cell(rows, "FedDAT", "updates lost") == "6"
+
+
 def test_settings_that_make_other_data_name_the_data(tmp_path):
     made = sweep.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
     cfgs = [config.compose(job.overrides) for job in made]
     assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
     assert {cfg.data for cfg in cfgs} == {
-        f"dirichlet, dataset.train={train}, clients={clients}" for train in (100, 200) for clients in (2, 3)
+        f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
     }
+    other = sweep.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
+    assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
     (one,) = sweep.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
     assert config.compose(one.overrides).data == "mine"
 
@@ -234,6 +246,15 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
     with pytest.raises(config.ConfigError, match="gives one value"):
         sweep.search("optimizer.lr=1e-3")
+    with pytest.raises(config.ConfigError, match="seed=100 is that of the search"):
+        sweep.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
+
+
+@pytest.mark.parametrize("scenario", config.options("scenario"))
+def test_every_scenario_can_be_searched(tmp_path, scenario):
+    ((_, tried),) = sweep.trials(tmp_path, [f"scenario={scenario}"], sweep.search("optimizer.lr=1e-3,3e-3")).items()
+    for job in tried.values():
+        assert not list(config.check(config.compose(job.overrides)))
 
 
 def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
@@ -355,11 +376,11 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
     rows = evidence.rows(runs)
     assert evidence.against([row.label for row in rows], None) == "FedAvg"
     for rank in (4, 8):
-        assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0"
-        assert cell(rows, f"local, edge.rank={rank}", "own - FedAvg") == "-10.0"
+        assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0 ¹"
+        assert cell(rows, f"local, edge.rank={rank}", "own - FedAvg") == "-10.0 ¹"
     assert evidence.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
     table = evidence.by_client(rows).splitlines()
-    assert table[2] == "| domain | FedAvg, edge.rank=4 | +10.0 |"
+    assert table[2] == "| domain | FedAvg, edge.rank=4 | +10.0 ¹ |"
 
 
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):

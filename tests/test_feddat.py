@@ -30,29 +30,40 @@ def started(llava, llm):
     return Model(built, llm), encode(built, prepare(some_examples(6), processor, PROMPT))
 
 
-def run(model, items, **options):
-    settings = {"make_optimizer": ADAMW, "seed": 0, "round": 1, "rounds": 2, "client": 0, "epochs": 2, "batch_size": 4}
+def run(model, items, make_optimizer=ADAMW, **options):
+    settings = {
+        "make_optimizer": make_optimizer,
+        "seed": 0,
+        "round": 1,
+        "rounds": 2,
+        "client": 0,
+        "epochs": 2,
+        "batch_size": 4,
+    }
     return train(model, items, functools.partial(feddat, **options), anchor=model.edge.state(), **settings)
 
 
-def written_out(model, items, alpha, beta):
+def written_out(model, items, alpha, beta, make_optimizer=ADAMW, share=1.0, ramp=0.0):
     """The paper's local step, in the words of plain torch: one optimiser for each adapter."""
-    shared, local = (ADAMW(list(model.edge.trainable(name).values())) for name in ("shared", "local"))
+    shared, local = (make_optimizer(list(model.edge.trainable(name).values())) for name in ("shared", "local"))
+    done, steps = 0, 4  # of the first of two rounds
     for epoch in range(2):
         for batch in batches(items, 4, seeds.generator(0, f"batches/{epoch}", 1, 0)):
+            done += 1
+            rise = min(1.0, done / steps / 2 / ramp) if ramp else 1.0
             labels = batch.labels_BA.flatten()
             z_dat, z_s = (model(batch, use).flatten(0, 1) for use in (("local", "frozen"), ("shared",)))
             asked = labels != -100
             student, teacher = ((z[asked] / T).log_softmax(-1) for z in (z_s, z_dat))
-            loss_s = F.cross_entropy(z_s, labels) + alpha * (T**2 * F.kl_div(
+            loss_s = F.cross_entropy(z_s, labels) + rise * alpha * (T**2 * F.kl_div(
                 student, teacher.detach(), reduction="batchmean", log_target=True
             ))  # fmt: skip
-            loss_dat = F.cross_entropy(z_dat, labels) + beta * (T**2 * F.kl_div(
+            loss_dat = F.cross_entropy(z_dat, labels) + rise * beta * (T**2 * F.kl_div(
                 teacher, student.detach(), reduction="batchmean", log_target=True
             ))  # fmt: skip
             for optimizer, loss in ((shared, loss_s), (local, loss_dat)):
                 optimizer.zero_grad()
-                loss.backward()
+                (share * loss).backward()
                 optimizer.step()
 
 
@@ -70,6 +81,17 @@ def test_the_generator_equals_a_written_out_loop(llava, local_llm, alpha, beta):
     assert states(model) == states(other)
     assert states(model)["frozen"] == before["frozen"]
     assert all(states(model)[name] != before[name] for name in ("shared", "local"))
+
+
+@pytest.mark.parametrize("options", [{"ramp": 0.25}, {"ramp": 1.0}, {"share": 0.5}])
+def test_ramp_and_share_equal_a_written_out_loop(llava, local_llm, options):
+    """By plain descent: AdamW hardly sees how large a loss is."""
+    descent = functools.partial(torch.optim.SGD, lr=0.1)
+    model, items = started(llava, local_llm)
+    run(model, items, make_optimizer=descent, alpha=0.5, beta=2.0, **options)
+    other, _ = started(llava, local_llm)
+    written_out(other, items, 0.5, 2.0, descent, **options)
+    assert states(model) == states(other)
 
 
 @pytest.mark.parametrize("loss_at", ["auto", "client"])

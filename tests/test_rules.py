@@ -255,6 +255,16 @@ def test_fisher_where_nobody_has_learnt_is_the_mean_to_the_bit():
     assert tree.digest(fisher(current(), given, {})[0]) == tree.digest(mean(current(), given, {})[0])
 
 
+@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-44])
+def test_fisher_bears_a_client_whose_certainty_is_next_to_nothing(tiny):
+    given = [
+        Update(u.client, u.delta, 300, {k: torch.full_like(t, tiny if u.client else 1e-3) for k, t in u.delta.items()})
+        for u in updates()
+    ]
+    merged, _ = fisher(current(), given, {})
+    assert tree.mismatch(merged, merged) is None
+
+
 def test_without_normalisation_a_large_loss_dominates():
     """What `normalise: trace` is there against."""
     given = two([0.0, 0.0, 0.0], [8.0, 8.0, 8.0], [1.0, 1.0, 1.0], [1e6, 1e6, 1e6], counts=(1, 1))

@@ -208,6 +208,12 @@ def test_krum_goes_on_without_those_who_did_not_arrive(keep):
     assert multi_krum({"w": torch.zeros(1)}, given[:2], {}, byzantine=1)[0]["w"].item() == 0.0
 
 
+@pytest.mark.parametrize(("trim", "count"), [(0.2, 2), (3, 5), (0.4, 1)])
+def test_too_few_to_trim_wait(trim, count):
+    given = [Update(client, {"w": torch.tensor([float(client + 1)])}, 1) for client in range(count)]
+    assert trimmed_mean({"w": torch.zeros(1)}, given, {}, trim=trim)[0]["w"].item() == 0.0
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +222,7 @@ def test_krum_goes_on_without_those_who_did_not_arrive(keep):
     [
         (krum, {"byzantine": -1}, 6, "rule.byzantine must be at least 0, got -1"),
         (multi_krum, {"keep": 0}, 5, "rule.keep must be at least 1, .*got 0"),
-        (trimmed_mean, {}, 2, "rule.trim=0.2 drops 1 of 2 clients at each end, .*clients_per_round"),
-        (trimmed_mean, {"trim": 0.5}, 9, "drops 5 of 9"),
-        (trimmed_mean, {"trim": 3}, 5, "drops 3 of 5"),
+        (trimmed_mean, {"trim": 0.5}, 9, "rule.trim must be a share from 0 to below 0.5, or a number from 1, got 0.5"),
         (trimmed_mean, {"trim": -0.2}, 5, "a share from 0"),
         (norm_clip, {"bound": 0.0}, 5, "rule.bound must be above 0, or null"),
     ],

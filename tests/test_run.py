@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from conftest import PROMPT, CountingProxy, some_examples
 
 from fedmm import tree
 from fedmm.edge.prepare import collate, prepare
+from fedmm.evaluate.answers import Answer
 from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.llm import wire
@@ -234,6 +236,90 @@ def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, tmp_path, 
     }
 
 
+@pytest.mark.parametrize("arm", ["feddat", "fedavg"])
+def test_a_run_killed_inside_a_round_ends_with_the_same_table(backbone, tmp_path, monkeypatch, arm):
+    """What a client had moved, scored and kept before the server was killed counts once, and is asked for once."""
+    whole = run(backbone, tmp_path / "whole", f"arm={arm}", "rounds=3")
+    take_part = client_side.take_part
+
+    def dies_at_client_two(order):
+        if order.train and (order.round, order.client) == (2, 2):
+            raise SystemExit("killed")
+        return take_part(order)
+
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", dies_at_client_two)
+    with pytest.raises(SystemExit):
+        run(backbone, tmp_path / "killed", f"arm={arm}", "rounds=3")
+    assert len(list((tmp_path / "killed" / "journal").rglob("client_*.safetensors"))) == 2
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", take_part)
+    killed = run(backbone, tmp_path / "killed", f"arm={arm}", "rounds=3")
+    assert rounds(killed) == rounds(whole) and summary.scores(killed) == summary.scores(whole)
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (killed, whole))
+    assert ours["llm_samples"] == theirs["llm_samples"] > 0 and ours["final"] == theirs["final"]
+    for channel in ("steps", "answers"):
+        assert ours["bytes"][channel] == pytest.approx(theirs["bytes"][channel], rel=1e-3), channel
+    assert ours["bytes"]["adapters"][0] == pytest.approx(theirs["bytes"]["adapters"][0], rel=1e-2), "each change once"
+    kept = [sorted((tmp_path / "home" / "kept").glob(f"{run_id(path)}/*/round_0003*")) for path in (killed, whole)]
+    assert len(kept[0]) == len(kept[1]) == (3 if arm == "feddat" else 0)
+    assert [file.read_bytes() for file in kept[0]] == [file.read_bytes() for file in kept[1]]
+
+
+def run_id(path: Path) -> str:
+    return json.loads((path / "environment.json").read_text())["run"]
+
+
+@pytest.mark.parametrize("arm", ["local", "feddat"])
+def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path, monkeypatch, arm):
+    began: dict[tuple[int, int], str] = {}
+    ended: dict[tuple[int, int], str] = {}
+    load, save = client_side._load_sets, home.save_kept
+
+    def loaded(cfg, edge, order, arrived):
+        load(cfg, edge, order, arrived)
+        began[order.client, order.round] = tree.digest(edge.state("local"))
+
+    def saved(run, client, round, state, needed):
+        ended[client, round] = tree.digest({name.removeprefix("local."): tensor for name, tensor in state.items()})
+        save(run, client, round, state, needed)
+
+    monkeypatch.setattr(client_side, "_load_sets", loaded)
+    monkeypatch.setattr(home, "save_kept", saved)
+    path = run(backbone, tmp_path / "run", f"arm={arm}", "clients_per_round=2", "rounds=6")
+    took = {client: [row["round"] for row in rounds(path) if client in row["clients"]] for client in range(3)}
+    pairs = [(client, pair) for client, own in took.items() for pair in itertools.pairwise(own)]
+    assert any(later > earlier + 1 for _, (earlier, later) in pairs), "somebody sat out"
+    for client, (earlier, later) in pairs:
+        assert began[client, later] == ended[client, earlier]
+    for client, own in took.items():
+        assert began[client, 7] == ended[client, own[-1]], "and is scored with it"
+
+
+def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_missing(backbone, tmp_path, monkeypatch):
+    take_part, asked = client_side.take_part, []
+
+    def away(times):
+        def answer(order):
+            if order.round == 3 and order.client == 1:
+                asked.append(order)
+                if len(asked) <= times:
+                    raise FedmmError("away")
+            return take_part(order)
+
+        return answer
+
+    found = {}
+    for times in (1, 2):
+        asked.clear()
+        monkeypatch.setattr("fedmm.flower.client_app.take_part", away(times))
+        found[times] = run(backbone, tmp_path / str(times), "arm=local")
+        assert len(asked) == 2
+    told = {times: json.loads((path / "summary.json").read_text()) for times, path in found.items()}
+    assert told[1]["unscored"] == [] and set(told[1]["final"]["own"]) == {"0", "1", "2"}
+    assert told[2]["unscored"] == [1] and told[2]["final"]["global"] is None
+    assert "the final state was not scored there" in (found[2] / "report.html").read_text()
+    assert "the final state was not scored there" not in (found[1] / "report.html").read_text()
+
+
 def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monkeypatch):
     send = client_side._send
     monkeypatch.setattr(client_side, "_send", lambda session, update: update.client == 1 or send(session, update))
@@ -247,6 +333,8 @@ def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monke
     [
         ({"scores": {0: (999, 1)}}, "scores part 0 with 999 of 1"),
         ({"scores": {2: (1, 2)}}, "scores part 2"),
+        ({"scores": {0: ("a", 1)}}, "cannot be read"),
+        ({"answers": [(2, Answer("x", "a", "b"))]}, "has answers of part 2"),
         ({"metrics": {"loss": float("nan")}}, "not finite"),
         ({"round": 7}, "round 7"),
     ],
@@ -315,6 +403,9 @@ def test_a_folder_of_another_run_is_not_touched(backbone, tmp_path):
     before = (path / "rounds.jsonl").read_text()
     with pytest.raises(ValueError, match="another configuration; set run.dir"):
         run(backbone, tmp_path / "run", "rounds=1", "seed=5")
+    for bits in ("link.codec.h=int8", "link.merge_rows=8", "link.encoding=dense"):
+        with pytest.raises(ValueError, match="another configuration"):
+            run(backbone, tmp_path / "run", "rounds=1", bits)
     assert (path / "rounds.jsonl").read_text() == before
 
 
@@ -415,31 +506,40 @@ def test_feddats_local_adapter_moves_in_every_round_and_stays_at_home(
     backbone, tmp_path, monkeypatch, arm, rank, names
 ):
     """The published code trains it in the first round only, and evaluates with a stale shared adapter."""
-    seen, evaluated = [], []
+    evaluated = []
+    sent: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+    anchors: dict[int, dict[str, torch.Tensor]] = {}
     take, load = Host._take_update, client_side._load_sets
 
     def watched(self, visit, frame, traffic):
-        seen.append(sorted(frame.tensors))
+        sent[visit.client, visit.round] = tree.clone(frame.tensors)
         return take(self, visit, frame, traffic)
 
     def loaded(cfg, edge, order, anchor):
         load(cfg, edge, order, anchor)
+        anchors[order.round] = tree.clone(anchor)
         evaluated.append((order.round, tree.digest(edge.state("frozen")), tree.digest(anchor)))
 
     monkeypatch.setattr(Host, "_take_update", watched)
     monkeypatch.setattr(client_side, "_load_sets", loaded)
-    kept: dict[tuple[int, int], str] = {}
+    kept: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     save = home.save_kept
 
     def saved(run, who, round, state, needed):
-        kept[who, round] = tree.digest(state)
+        kept[who, round] = tree.clone(state)
         save(run, who, round, state, needed)
 
     monkeypatch.setattr(home, "save_kept", saved)
     run(backbone, tmp_path / "run", f"arm={arm}", f"edge.rank={rank}", "rounds=3", "schedule=constant")
     for who in range(3):
-        assert len({kept[who, round] for round in (1, 2, 3)}) == 3, "it moves in every round"
-    assert len(seen) == 9 and {tuple(names) for names in seen} == {tuple(f"delta/{name}" for name in names)}
+        assert len({tree.digest(kept[who, round]) for round in (1, 2, 3)}) == 3, "it moves in every round"
+    assert len(sent) == 9 and {tuple(sorted(own)) for own in sent.values()} == {tuple(f"delta/{n}" for n in names)}
+    for (who, round), own in sent.items():
+        for name in names:
+            private, delta = kept[who, round][f"local.{name}"], own[f"delta/{name}"]
+            assert not torch.equal(delta, private) and not torch.equal(delta, private - anchors[round][name]), (
+                "nor does it leave under the shared one's name"
+            )
     assert all(frozen == newest for _, frozen, newest in evaluated)
     assert len({newest for _, _, newest in evaluated}) == 4, "the start, and the state after each of three rounds"
 

@@ -384,7 +384,7 @@ def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
     with pytest.raises(ValueError, match="need open images, and there are none; raise dataset.public"):
         run(tmp_path / "none", "arm=mllmfl", "dataset.of.public=0")
     with pytest.raises(
-        ValueError, match=r"captions.writer.folder=captions has no \*.jsonl; prepare texts there, or set"
+        ValueError, match=r"captions.writer.folder=captions has no \*.jsonl; prepare texts there, a line"
     ):
         run(tmp_path / "texts", "arm=mllmfl", "captions=prepared")
     assert not (tmp_path / "none").exists() and not (tmp_path / "texts").exists(), "before anything starts"

@@ -23,6 +23,7 @@ from fedmm.aggregate import running
 from fedmm.types import State, Update
 
 _TINY = torch.finfo(torch.float32).tiny  # nobody is sure: nothing to divide by, and 0 / 0 is no number
+_NOTHING = 1e-30  # a mean below it is nobody's certainty: divided by it, weights would leave fp32
 
 
 def fisher(
@@ -60,4 +61,5 @@ def fisher(
 
 def _size(fisher: Tensor, normalise: str) -> float:
     """What a Fisher is divided by: its mean, where that is something."""
-    return (float(fisher.mean()) if normalise == "trace" else 1.0) or 1.0
+    size = float(fisher.mean()) if normalise == "trace" else 1.0
+    return size if size > _NOTHING else 1.0

@@ -28,9 +28,14 @@ def group(counts: Mapping[str, int], by: str | Sequence[int]) -> dict[str, str]:
 
 
 def tally(answered: Iterable[tuple[str, bool]], groups: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """(right, count) of each group that was asked about, from each answer's truth and whether it was right."""
+    """(right, count) of each group that was asked about, from each answer's truth and whether it was right.
+
+    A truth that is no class is in no group: clients say what it is.
+    """
     found = dict.fromkeys(GROUPS, (0, 0))
     for truth, right in answered:
+        if truth not in groups:
+            continue
         before = found[groups[truth]]
         found[groups[truth]] = (before[0] + right, before[1] + 1)
     return {name: both for name, both in found.items() if both[1]}

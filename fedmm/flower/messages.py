@@ -59,8 +59,8 @@ def read_report(reply: Message) -> Report:
     return Report(
         int(records[_RECORD]["client"]),  # type: ignore[arg-type]
         int(records[_RECORD]["round"]),  # type: ignore[arg-type]
-        {int(part): (right, count) for part, (right, count) in scores.items()},
-        [(part, Answer(id, said, truth)) for part, id, said, truth in answers],
+        {int(part): (int(right), int(count)) for part, (right, count) in scores.items()},
+        [(int(part), Answer(str(id), str(said), str(truth))) for part, id, said, truth in answers],
         metrics,
     )
 

@@ -41,6 +41,7 @@ from fedmm.types import FedmmError, State
 
 log = logging.getLogger("fedmm")
 POLL_SECONDS = 0.05
+SCORINGS = 2  # of the final state: no later round makes up for a client that was away
 ERROR_COST_LIMIT = 2.2e9  # LLaVA-1.5 at rank 64 with eight clients: 5 s of one core
 
 
@@ -53,12 +54,15 @@ def find_clients(grid: Grid, clients: int, wait_seconds: float) -> dict[int, int
     while not set(range(clients)) <= found.keys():
         new = [node for node in grid.get_node_ids() if node not in asked]
         if new:
-            asked |= set(new)
-            pending |= zip(grid.push_messages([messages.ask_who(node) for node in new]), new, strict=True)
+            ids = grid.push_messages([messages.ask_who(node) for node in new])
+            sent = {id: node for id, node in zip(ids, new, strict=False) if id}  # none of what it could not push
+            asked |= set(sent.values())
+            pending |= sent
         for reply in grid.pull_messages(list(pending)) if pending else ():
             node = pending.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
                 log.warning("a node does not know which client it is: %s", reply.error.reason)
+                asked.discard(node)  # it may be mended
                 continue
             client = messages.read_who(reply)
             if found.setdefault(client, node) != node:
@@ -98,7 +102,8 @@ def run_arm(
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
     def arrived(round: int, update: Any) -> None:
-        folder.save_update(round, update)
+        _write_moved(folder, round, host.traffic_of(update.client))
+        folder.save_update(round, update)  # now it is not asked for again, whoever is killed
         folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
 
     llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
@@ -188,9 +193,15 @@ class _Arm:
         return current, memory
 
     def _orders(self, round: int, chosen: list[int], awaited: list[int]) -> list[Order]:
-        """Who trains and who is scored on the state of the round before; before the first round that is everybody."""
+        """Who trains and who is scored on the state of the round before; before the first round that is everybody.
+
+        A client that has reported to a server which was then killed is asked for nothing again.
+        """
         every = self.cfg.evaluate.every
         scored = self.everybody if round == 1 else chosen if every and (round - 1) % every == 0 else []
+        if awaited != chosen:
+            done = {row["client"] for row in self.folder.rows("scores.jsonl") if row["round"] == round - 1}
+            scored = [client for client in scored if client not in done]
         return [
             self._order(round, client, train=client in awaited, score=client in scored)
             for client in sorted({*awaited, *scored})
@@ -230,13 +241,14 @@ class _Arm:
         return [loss for loss in losses.values() if loss is not None]
 
     def score_round(self, round: int, current: State) -> None:
-        """After the last round: everybody is scored on the final state, nobody trains."""
-        self.host.open_round(round, current, [], partial(state_for, self.cfg), scale=self.scale)
-        orders = [self._order(round, client, train=False, score=True) for client in self.everybody]
-        lost = self._exchange(orders, "final")
-        if lost:
-            self.folder.event("unscored", lost=_by_name(lost))
-        if len(lost) == len(orders):
+        """After the last round: everybody is scored on the final state, nobody trains. Who was lost is asked again."""
+        lost = dict.fromkeys(self.everybody, "")
+        for _ in range(SCORINGS):
+            self.host.open_round(round, current, [], partial(state_for, self.cfg), scale=self.scale)
+            lost = self._exchange([self._order(round, client, train=False, score=True) for client in lost], "final")
+            if not lost:
+                return
+        if len(lost) == len(self.everybody):
             raise FedmmError("no client scored the final state; " + "; ".join(map(_reason, lost.items())))
 
     def _order(self, round: int, client: int, *, train: bool, score: bool) -> Order:
@@ -258,7 +270,7 @@ class _Arm:
     def _exchange(self, orders: list[Order], what: str) -> dict[int, str]:
         """Send orders, take reports until all are in or time is up; returns why clients failed or were refused."""
         sent = [messages.send_order(order, self.nodes[order.client]) for order in orders]
-        control = {order.client: [messages.size_bytes(m), 0] for order, m in zip(orders, sent, strict=True)}
+        ordered = {order.client: messages.size_bytes(m) for order, m in zip(orders, sent, strict=True)}
         lost: dict[int, str] = {}
         pending: dict[str, Order] = {}
         for id, order in zip(self.grid.push_messages(sent), orders, strict=True):
@@ -270,7 +282,7 @@ class _Arm:
         while pending:
             for reply in self.grid.pull_messages(list(pending)):
                 order = pending.pop(reply.metadata.reply_to_message_id)
-                control[order.client][1] = messages.size_bytes(reply)
+                _write_control(self.folder, order, ordered.pop(order.client), messages.size_bytes(reply))
                 if reason := self._take(order, reply):
                     lost[order.client] = reason
                     log.warning("%s: client %d is lost: %s", what, order.client, reason)
@@ -280,8 +292,13 @@ class _Arm:
                 break
             if pending:
                 time.sleep(POLL_SECONDS)
-        refused, traffic = self.host.close_round()
-        self._account(orders[0].round if orders else 0, traffic, control)
+        refused, moved = self.host.close_round()
+        for order in orders:
+            if order.client in ordered:
+                _write_control(self.folder, order, ordered[order.client], 0)
+        if orders:
+            _write_moved(self.folder, orders[0].round, moved)
+            self.folder.event("bytes", round=orders[0].round)
         return lost | refused
 
     def _take(self, order: Order, reply: Message) -> str | None:
@@ -290,44 +307,28 @@ class _Arm:
             return reply.error.reason or f"error {reply.error.code}"
         try:
             report = messages.read_report(reply)
+            bad = report.fault(order, self.cfg)
         except (KeyError, TypeError, ValueError) as error:
             return f"its report cannot be read: {type(error).__name__}: {error}"
-        if bad := report.fault(order, self.cfg):
+        if bad:
             return f"its report {bad}"
         self._record(order, report)
         return None
 
     def _record(self, order: Order, report: Report) -> None:
         state_round = order.round - 1  # a score belongs to the state that was received
-        for part, (right, count) in report.scores.items():
-            row = {"round": state_round, "client": order.client, "part": part, "right": right, "count": count}
-            self.folder.append("scores.jsonl", **row)
         for part, answer in report.answers:
             row = {"round": state_round, "client": order.client, "part": part}
             self.folder.append("predictions.jsonl", **row, id=answer.id, said=answer.said, truth=answer.truth)
+        for part, (right, count) in report.scores.items():  # last: a client that is here is not asked again
+            row = {"round": state_round, "client": order.client, "part": part, "right": right, "count": count}
+            self.folder.append("scores.jsonl", **row)
         about = {"kind": "client", "round": order.round, "client": order.client}
         self.folder.append("ledger.jsonl", **report.metrics | about)
         own = [score for part, score in report.scores.items() if part == order.client or self.cfg.pooled]
         if own:
             right, count = (sum(values) for values in zip(*own, strict=True))
             self.folder.event("score", round=state_round, client=order.client, right=right, count=count)
-
-    def _account(
-        self, round: int, traffic: Mapping[tuple[int, str], Traffic], control: Mapping[int, list[int]]
-    ) -> None:
-        rows = channels(traffic)
-        rows |= {
-            (client, "control"): Traffic(up_bytes=up, down_bytes=down, frames=1)
-            for client, (down, up) in control.items()
-        }
-        for (client, channel), row in sorted(rows.items()):
-            self.folder.append(
-                "ledger.jsonl", kind="bytes", round=round, client=client, channel=channel,
-                up_bytes=row.up_bytes, down_bytes=row.down_bytes, frames=row.frames,
-                llm_seconds=row.llm_seconds, llm_samples=row.llm_samples,
-            )  # fmt: skip
-        up, down = (sum(getattr(row, way) for row in rows.values()) for way in ("up_bytes", "down_bytes"))
-        self.folder.event("bytes", round=round, up_bytes=up, down_bytes=down)
 
 
 CHANNEL = {
@@ -350,6 +351,24 @@ def channels(traffic: Mapping[tuple[int, str], Traffic]) -> dict[tuple[int, str]
         if row.fisher_bytes:
             sums[client, "fisher"].up_bytes += row.fisher_bytes
     return dict(sums)
+
+
+def _write_moved(folder: RunFolder, round: int, moved: Mapping[tuple[int, str], Traffic]) -> None:
+    """What clients have moved over the link, by channel, into the ledger."""
+    for (client, channel), row in sorted(channels(moved).items()):
+        folder.append(
+            "ledger.jsonl", kind="bytes", round=round, client=client, channel=channel,
+            up_bytes=row.up_bytes, down_bytes=row.down_bytes, frames=row.frames,
+            llm_seconds=row.llm_seconds, llm_samples=row.llm_samples,
+        )  # fmt: skip
+
+
+def _write_control(folder: RunFolder, order: Order, ordered_bytes: int, reported_bytes: int) -> None:
+    """What Flower's messages with a client took, into the ledger."""
+    folder.append(
+        "ledger.jsonl", kind="bytes", round=order.round, client=order.client, channel="control",
+        up_bytes=reported_bytes, down_bytes=ordered_bytes, frames=1, llm_seconds=0.0, llm_samples=0,
+    )  # fmt: skip
 
 
 def _by_name(values: Mapping[int, Any]) -> dict[str, Any]:

@@ -177,10 +177,16 @@ class Host:
         """What this client shows on a TLS link; None where the link is plain."""
         return self._authority.client(client) if self._authority else None
 
+    def traffic_of(self, client: int) -> dict[tuple[int, str], Traffic]:
+        """What this client has moved since it was last asked, by (client, verb); it is then forgotten here."""
+        with self._lock:
+            own = [key for key in self._traffic if key[0] == client]
+            return {key: self._traffic.pop(key) for key in own}
+
     def close_round(self) -> tuple[dict[int, str], dict[tuple[int, str], Traffic]]:
         """End the round: no update is taken any more, every session is cut.
 
-        Returns the reasons of refused updates by client, and the round's traffic by (client, verb).
+        Returns the reasons of refused updates by client, and what of the round's traffic nobody has asked for.
         """
         with self._updating, self._lock:
             self._round, self._awaited = 0, set()
@@ -207,14 +213,15 @@ class Host:
         visit = self._admit(context)
         try:
             while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
+                moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
                 with self._lock:
-                    known = frame.verb if frame.verb in self._verbs else "refused"
-                    traffic = self._traffic[visit.client, known]
+                    traffic = self._traffic[moved]
+                    traffic.frames += 1
+                    traffic.up_bytes += frame.wire_bytes
                 answer = self._answer(visit, frame, traffic)
                 reply = answer if isinstance(answer, wire.Chunks) else wire.encode(answer)
-                traffic.frames += 1
-                traffic.up_bytes += frame.wire_bytes
-                traffic.down_bytes += reply.size_bytes
+                with self._lock:
+                    self._traffic[moved].down_bytes += reply.size_bytes  # what came may have been asked for by now
                 yield from reply
         except wire.WireError as error:
             log.warning("client %d sent no valid frame: %s", visit.client, error)
@@ -293,10 +300,10 @@ class Host:
             except ValueError as error:
                 self._refused[visit.client] = str(error)
                 raise
+            traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
             self._on_update(visit.round, update)
             self._awaited.discard(visit.client)
             self._refused.pop(visit.client, None)
-        traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
         return wire.Frame("update")
 
     # ---- verbs: once a sample --------------------------------------------------------------------------------------

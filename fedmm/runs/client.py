@@ -83,6 +83,8 @@ class Report:
         for part, (right, count) in self.scores.items():
             if part not in scored_parts(cfg, order) or not 0 <= right <= count:
                 return f"scores part {part} with {right} of {count}"
+        if strange := {part for part, _ in self.answers} - set(held_parts(cfg, order.client)):
+            return f"has answers of part {min(strange)}"
         if any(not math.isfinite(value) for value in self.metrics.values()):
             return "has a metric that is not finite"
         return None

@@ -29,16 +29,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedmm.aggregate import lowrank
+from fedmm.aggregate import lowrank, trimmed
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.edge.base import KINDS
-from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, LinkConfig
+from fedmm.runs.settings import AT_LEAST, ONE_OF, PLACES, SETS, Config, LinkConfig
 from fedmm.types import State, Update
 
 ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
 STAGES = ("captions", "pretrain", "align")  # groups of what the server does beside the rounds
-OF_PAIRS = ("exact_lowrank", "stack", "hetlora")  # rules that look at B and A together
+FOLDING = "stack"  # the rule that folds products into the base
+OF_PAIRS = ("exact_lowrank", FOLDING, "hetlora")  # rules that look at B and A together
 _GLOBAL_HYDRA = threading.Lock()  # hydra composes in a process-wide singleton
 
 
@@ -107,12 +108,12 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
             choices = whole.hydra.runtime.choices
             cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-            named = {override.split("=", 1)[0] for override in overrides}
+            named = set(map(_key, overrides))
             if "label" not in named and (by_hand := named & {"method", "rule", "schema"}):
                 cfg.label = "+".join(choices[group] for group in ("method", "rule", *by_hand & {"schema"}))
-            if "data" not in named and not cfg.data:
-                named_apart = named & {"dataset", "partition"} or not choices["scenario"]
-                cfg.data = f"{choices['dataset']}, {choices['partition']}" if named_apart else choices["scenario"]
+            apart = named & {"dataset", "partition"} or not choices["scenario"]
+            if "data" not in named and (apart or not cfg.data):
+                cfg.data = f"{choices['dataset']}, {choices['partition']}" if apart else choices["scenario"]
             OmegaConf.resolve(cfg)
             typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)  # what an interpolation gave has its type too
     except (HydraException, OmegaConfBaseException) as error:
@@ -124,10 +125,15 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
 def _of_arm(overrides: Sequence[str]) -> list[str]:
     """What the file of a named arm sets, as overrides, where an experiment is named too: Hydra composes that after the
     arm, and it would win."""
-    named = dict(override.split("=", 1) for override in overrides if "=" in override)
+    named = {_key(override): override.partition("=")[2] for override in overrides}
     if "experiment" not in named or named.get("arm") not in options("arm"):
         return []
     return [quoted(key, value) for key, value in leaves("", _arm_file(named["arm"]))]
+
+
+def _key(override: str) -> str:
+    """What an override sets: +, ++ and ~ in front of it are Hydra's."""
+    return override.lstrip("+~").split("=", 1)[0]
 
 
 def _arm_file(arm: str) -> Any:
@@ -140,7 +146,7 @@ def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
     lines = [str(error) if "vailable options" in str(error) else str(error).split("\n")[0]]
     lines += [str(cause).split("\n")[0]] if cause else []
     unknown = re.search(r"Could not override '([^']+)'", str(error))
-    choices = tuple(o for o in overrides if o.split("=", 1)[0] in groups())
+    choices = tuple(o for o in overrides if _key(o) in groups())
     if unknown and choices != overrides:  # else a yaml is wrong, and composing it again would be too
         parent = unknown[1].rpartition(".")[0]
         chosen = _compose(choices)
@@ -184,17 +190,25 @@ def check(cfg: Config) -> Iterator[str]:
         yield f"edge.ranks must be from 1 to edge.rank={cfg.edge.rank}, the server's, got {list(cfg.edge.ranks)}"
     if set(cfg.faulty) - set(range(max(1, cfg.clients))):
         yield f"faulty must name clients from 0 to below clients={cfg.clients}, got {list(cfg.faulty)}"
-    byzantine = (cfg.rule or {}).get("byzantine")
+    byzantine, trim = ((cfg.rule or {}).get(name) for name in ("byzantine", "trim"))
     if isinstance(byzantine, int) and _per_round(cfg) < 2 * byzantine + 3:
         yield (
             f"rule.byzantine={byzantine} needs at least {2 * byzantine + 3} clients in a round, got {_per_round(cfg)}; "
             "lower it, or raise clients or clients_per_round"
+        )
+    K = _per_round(cfg)
+    if isinstance(trim, int | float) and (0 <= trim < 0.5 or trim >= 1) and trimmed.dropped(trim, K) * 2 >= K:
+        yield (
+            f"rule.trim={trim:g} must leave one of {K} clients in a round, and drops {trimmed.dropped(trim, K)} at "
+            "each end; lower it, or raise clients or clients_per_round"
         )
     if (own := _own_schema(cfg)) and own != (cfg.schema or {}).get("_target_"):
         yield f"method.step has a schema of its own, {own}; leave schema=... out, or choose another method"
     for name, sets in _sets_asked(cfg):
         if lacking := sorted(set(sets) - set(cfg.method.sets)):
             yield f"method.step.{name}={sets} needs {lacking[0]} in method.sets, got {list(cfg.method.sets)}"
+        elif set(sets) <= {"frozen"}:
+            yield f"method.step.{name}={sets} has nothing that trains; name shared or local"
     yield from _check_groups(cfg)
     for arm in cfg.compare:
         if arm not in options("arm"):
@@ -301,35 +315,44 @@ def _per_round(cfg: Config) -> int:
 
 def _rehearse(cfg: Config) -> Iterator[str]:
     """What schema and rule say to rounds of clients who all changed the same: they know best what they cannot do."""
-    clients = sorted(range(cfg.clients), key=lambda client: own_rank(cfg, client))[: max(_per_round(cfg), 0)]
     one_set = _one_set(cfg) if "shared" in cfg.method.sets else {}
     try:
         schema, rule = make(cfg.schema), make(cfg.rule)
-        every = [f"{name}.{key}" for name in cfg.method.sets for key in _one_set(cfg)]
-        named = str((cfg.rule or {}).get("_target_")).rpartition(".")[2]
-        if named in OF_PAIRS and one_set and not list(lowrank.pairs(one_set)):
-            yield f"rule={named} merges low-rank pairs B A, of which clients train none: it is the mean; set rule=mean"
         current = {name: one_set[name] for name in schemas.sent(schema, cfg.rounds, one_set)}
         rounds = {schema(round, cfg.rounds).sends: round for round in range(1, cfg.rounds + 1)}  # of each kind, one
-        for round in rounds.values():
-            names = schemas.sent(schema, cfg.rounds, one_set, round)
-            if every and not any(schemas.fits(name, schema(round, cfg.rounds).trains) for name in every):
-                yield f"in round {round} the schema lets nothing train of what clients have; set schema=all"
-            alike = (_alike(cfg, client, {name: one_set[name] for name in names}) for client in clients)
-            merged, _ = rule(current, alike, {})
-            if cfg.align.step and any(name.endswith(".folded") for name in merged):
-                yield "align does not see what the rule folds into the base; set align=none, or rule=exact_lowrank"
-            if set(cfg.method.sets) > {"shared"} and any(name.endswith(".folded") for name in merged):
-                yield (
-                    f"the rule folds products into the base, on which method.sets={list(cfg.method.sets)} stand too; "
-                    "take a method whose one set is shared, or rule=exact_lowrank"
-                )
-            if current and not names and len(clients) < cfg.clients and not cfg.pooled:
-                yield (
-                    f"in round {round} nothing is sent and each client trains for itself, so all must take part; set "
-                    "clients_per_round=null"
-                )
-    except (TypeError, ValueError) as error:  # the former of a site's own that is no rule
+    except (TypeError, ValueError) as error:  # the former of a site's own that is none
+        yield str(error)
+        return
+    named = str((cfg.rule or {}).get("_target_")).rpartition(".")[2]
+    if named in OF_PAIRS and one_set and not list(lowrank.pairs(one_set)):
+        yield f"rule={named} merges low-rank pairs B A, of which clients train none: it is the mean; set rule=mean"
+    if named == FOLDING and cfg.align.step:
+        yield "align does not see what rule=stack folds into the base; set align=none, or rule=exact_lowrank"
+    if named == FOLDING and set(cfg.method.sets) > {"shared"}:
+        yield (
+            f"rule=stack folds products into the base, on which method.sets={list(cfg.method.sets)} stand too; "
+            "take a method whose one set is shared, or rule=exact_lowrank"
+        )
+    told: dict[str, None] = {}
+    for round in rounds.values():
+        told |= dict.fromkeys(_rehearse_round(cfg, round, schema, rule, one_set, current))
+    yield from told
+
+
+def _rehearse_round(cfg: Config, round: int, schema: Any, rule: Any, one_set: State, current: State) -> Iterator[str]:
+    clients = sorted(range(cfg.clients), key=lambda client: own_rank(cfg, client))[: max(_per_round(cfg), 0)]
+    names = schemas.sent(schema, cfg.rounds, one_set, round)
+    every = [f"{name}.{key}" for name in cfg.method.sets for key in _one_set(cfg)]
+    if every and not any(schemas.fits(name, schema(round, cfg.rounds).trains) for name in every):
+        yield f"in round {round} the schema lets nothing train of what clients have; set schema=all"
+    if current and not names and len(clients) < cfg.clients and not cfg.pooled:
+        yield (
+            f"in round {round} nothing is sent and each client trains for itself, so all must take part; set "
+            "clients_per_round=null"
+        )
+    try:
+        rule(current, (_alike(cfg, client, {name: one_set[name] for name in names}) for client in clients), {})
+    except (TypeError, ValueError) as error:
         yield str(error)
 
 
@@ -490,7 +513,7 @@ def _compared(arm: str, overrides: list[str]) -> list[str]:
     file = _arm_file(arm)
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
-    keys = {override: override.lstrip("+~").split("=", 1)[0] for override in overrides}
+    keys = {override: _key(override) for override in overrides}
     of_stages = [o for o, key in keys.items() if "." in key and key.split(".")[0] in STAGES and key not in own]
     kept = [o for o, key in keys.items() if o not in of_stages and not {key, key.split(".")[0]} & own]
     there = dict(leaves("", _compose((*kept, f"arm={arm}"))) if of_stages else ())
@@ -504,6 +527,12 @@ def leaves(path: str, node: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(f"{path}{key}.", value)
         elif key != "defaults":
             yield f"{path}{key}", value
+
+
+def what(cfg: Any) -> dict[str, Any]:
+    """The settings that say what a run is, by path: all but those of where and how long."""
+    places = tuple(f"{place}." for place in PLACES)
+    return {key: value for key, value in leaves("", cfg) if not f"{key}.".startswith(places)}
 
 
 def scale(adapters: Any) -> float:

@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from fedmm.evaluate.groups import GROUPS
 from fedmm.runs import summary
-from fedmm.runs.config import leaves
+from fedmm.runs.config import what
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
@@ -31,8 +31,8 @@ STARTS = ("zero-shot", "untrained")  # what the state before the first round is 
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
+_ONCE_APART = "of all rounds; features and frozen parts, which go once, apart"
 _DATA = ("dataset.", "partition.", "clients.", "evaluate.split.")
-_PLACES = ("run", "seed", "compare", "link.bind", "link.address")  # no bit of an arm depends on these but the seed
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         ),
         Column("worst client %", lambda row, others: percent(row.over_clients(min).values())),
         *_group_columns(table_of),
-        Column("MB up", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [0]))),
-        Column("MB down", lambda row, others: _megabytes(row.moved_bytes(_in_rounds, [1]))),
+        Column("link MB up", lambda row, others: _megabytes(row.moved_bytes(_on_link, [0])), _ONCE_APART),
+        Column("link MB down", lambda row, others: _megabytes(row.moved_bytes(_on_link, [1]))),
         *_stage_columns(table_of)[:1],
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
     )
@@ -164,7 +164,8 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         _gap_column(chosen),
         *_local_columns(table_of, chosen),
         *_product_columns(table_of),
-        Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link))),
+        *_lost_columns(table_of),
+        Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link)), _ONCE_APART),
         Column("features MB", lambda row, others: _megabytes(row.moved_bytes(lambda name: name == "features"))),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),
@@ -228,6 +229,27 @@ def _product_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
             "of the adapters' merged products B A against the mean of the clients', relative to that, over rounds",
         ),
     )
+
+
+def _lost_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What is missing from an arm, where something is."""
+    told = (
+        ("updates lost", _count_lost, "of clients that did not come back in a round, all seeds"),
+        ("clients unscored", _count_unscored, "on the final state, all seeds; they are in no figure"),
+    )
+    return tuple(
+        Column(heading, lambda row, others, count=count: str(count(row)), meaning)  # type: ignore[misc]
+        for heading, count, meaning in told
+        if any(map(count, table_of))
+    )
+
+
+def _count_lost(row: Row) -> int:
+    return sum(found.get("lost", 0) for found in row.by_seed.values())
+
+
+def _count_unscored(row: Row) -> int:
+    return sum(len(found.get("unscored", ())) for found in row.by_seed.values())
 
 
 def _stage_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
@@ -300,9 +322,13 @@ def percent(values: Iterable[float], sign: str = "") -> str:
 
 
 def gaps(row: Row, other: Row) -> dict[int, float]:
-    """By how much own accuracy, mean over clients, is above that of `other`, by seed that both have."""
-    mine, theirs = _own(row), _own(other)
-    return {seed: mine[seed] - theirs[seed] for seed in mine if seed in theirs}
+    """By how much own accuracy, mean over the clients that both have scored, is above that of `other`, by seed."""
+    mine, theirs = row.own(), other.own()
+    return {
+        seed: statistics.fmean(own[client] - theirs[seed][client] for client in both)
+        for seed, own in mine.items()
+        if (both := own.keys() & theirs.get(seed, {}).keys())
+    }
 
 
 def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
@@ -332,8 +358,8 @@ def _named(label: str) -> tuple[str, str]:
 
 
 def by_client(table_of: Sequence[Row]) -> str:
-    """By how many points each client is better served than alone, mean over seeds; empty where nobody is alone."""
-    gains: list[tuple[Row, dict[str, float]]] = []
+    """By how many points each client is better served than alone; empty where nobody is alone."""
+    gains: list[tuple[Row, dict[str, list[float]]]] = []
     for row in table_of:
         alone = partner(row, _beside(row, table_of), LOCAL)
         if alone is not None and row.label not in STARTS:
@@ -342,18 +368,20 @@ def by_client(table_of: Sequence[Row]) -> str:
     clients = sorted({client for _, gained in gains for client in gained}, key=int)
     lines = ["| data | arm |" + "".join(f" client {c} |" for c in clients), "| --- | --- |" + " ---: |" * len(clients)]
     for row, gained in gains:
-        points = "".join(f" {100 * gained[c]:+.1f} |" if c in gained else " – |" for c in clients)
+        points = "".join(f" {_points(gained.get(c, []))} |" for c in clients)
         lines.append(f"| {row.data} | {row.label} |{points}")
     return "\n".join(lines) if gains else ""
 
 
-def _gains(mine: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Mean over seeds of one accuracy less the other, by client."""
+def _gains(
+    mine: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]]
+) -> dict[str, list[float]]:
+    """One accuracy less the other, by client, of each seed that has both."""
     found: dict[str, list[float]] = defaultdict(list)
     for seed in mine.keys() & theirs.keys():
         for client in mine[seed].keys() & theirs[seed].keys():
             found[client].append(mine[seed][client] - theirs[seed][client])
-    return {client: statistics.fmean(values) for client, values in found.items()}
+    return found
 
 
 # ---- pieces -------------------------------------------------------------------------------------------------------
@@ -369,7 +397,12 @@ def _own(row: Row) -> dict[int, float]:
 
 
 def _gap(row: Row, other: Row | None) -> str:
-    return percent(gaps(row, other).values(), "+") if other is not None else "–"
+    return _points(gaps(row, other).values()) if other is not None else "–"
+
+
+def _points(differences: Collection[float]) -> str:
+    """Differences, one a seed; a single one is marked."""
+    return percent(differences, "+") + (f" {ONE_SEED}" if len(differences) == 1 else "")
 
 
 def _better_off(row: Row, local: Row | None) -> str:
@@ -380,10 +413,6 @@ def _better_off(row: Row, local: Row | None) -> str:
     pairs = [(own, alone[seed]) for seed, own in row.own().items() if seed in alone]
     pays = [own[client] > other[client] for own, other in pairs for client in own.keys() & other.keys()]
     return f"{sum(pays)} of {len(pays)}" if pays else "–"
-
-
-def _in_rounds(channel: str) -> bool:
-    return channel not in ONCE
 
 
 def _on_link(channel: str) -> bool:
@@ -465,5 +494,4 @@ def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def _settings(folder: Path) -> tuple[int, dict[str, Any]]:
     """A run's seed, and its other settings by path."""
     cfg: Any = OmegaConf.load(folder / "config.yaml")
-    places = tuple(f"{place}." for place in _PLACES)
-    return cfg.seed, {key: value for key, value in leaves("", cfg) if not f"{key}.".startswith(places)}
+    return cfg.seed, {key: value for key, value in what(cfg).items() if key not in ("seed", "compare")}

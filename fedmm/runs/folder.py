@@ -7,8 +7,9 @@
     journal/round_0008/client_0003.safetensors       updates of the round in progress
     arms/<name>/                                     the same, for every arm that is compared
 
-A row of rounds.jsonl is written before its checkpoint and rows beyond the last checkpoint are dropped on resume, so a
-run that was killed at any instant ends with the same state and the same rounds.jsonl as an undisturbed one.
+A row of rounds.jsonl is written before its checkpoint and rows beyond the last checkpoint are dropped on resume, but
+for what a client moved and scored whose update is in the journal. So a run that was killed at any instant ends with the
+same state, rounds.jsonl and scores as an undisturbed one. Of checkpoints the last two stay.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from omegaconf import OmegaConf
 
 from fedmm.runs import home
+from fedmm.runs.config import what
 from fedmm.types import State, Update
 
 PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
 _OF_ROUND = ("rounds.jsonl", "ledger.jsonl", "stages.jsonl")  # written in a round, about it
+KEPT_CHECKPOINTS = 2  # the one to go on from, and the one before
 _OF_STATE = ("scores.jsonl", "predictions.jsonl")  # written in a round, about the state it began with
 
 
@@ -79,15 +83,30 @@ class RunFolder:
         tensors = {f"state/{name}": t for name, t in state.items()} | {f"memory/{n}": t for n, t in memory.items()}
         home.save(tensors, self._checkpoint(round), {"round": str(round)})
         shutil.rmtree(self._journal(round), ignore_errors=True)
+        for _, path in _checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
+            path.unlink(missing_ok=True)
 
     def resume(self) -> tuple[int, State, State] | None:
-        """The last whole round with its state and memory, rows beyond it dropped; None at the very start."""
+        """The last whole round with its state and memory; None at the very start.
+
+        Rows beyond it are dropped, but for those of clients whose update of the next round is safe: they are not asked
+        for it again. Of one that had not yet told how it scored, the answers too: it will give them again.
+        """
         found = latest_checkpoint(self.path)
         last = found[0] if found else 0
-        for file in _OF_ROUND:
-            self._rewrite(file, lambda row: row["round"] <= last)
+        done = self.arrived(last + 1)
         for file in _OF_STATE:
-            self._rewrite(file, lambda row: row["round"] < last)
+            self._rewrite(file, lambda row: row["round"] < last + (row["client"] in done))
+        told = {row["client"] for row in self.rows("scores.jsonl") if row["round"] == last}
+        twice = [client for client in done if client not in told]
+        for file in _OF_ROUND:
+            self._rewrite(
+                file,
+                lambda row: (
+                    row["round"] <= last + (row.get("client") in done)
+                    and not (row["round"] > last and row.get("channel") == "answers" and row["client"] in twice)
+                ),
+            )
         return found
 
     def _rewrite(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -166,14 +185,21 @@ def check_folder(path: Path, config_yaml: str) -> None:
 
 def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:
     """The last round that is whole on disk, with the state after it and the rule's memory."""
-    found = sorted((run / "checkpoints").glob("round_*.safetensors"))
+    found = _checkpoints(run)
     if not found:
         return None
+    round, path = found[-1]
     parts: dict[str, State] = {"state": {}, "memory": {}}
-    for name, tensor in safetensors.torch.load_file(found[-1]).items():
+    for name, tensor in safetensors.torch.load_file(path).items():
         part, _, key = name.partition("/")
         parts[part][key] = tensor
-    return int(found[-1].stem.removeprefix("round_")), parts["state"], parts["memory"]
+    return round, parts["state"], parts["memory"]
+
+
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """By round, the last one last."""
+    files = (run / "checkpoints").glob("round_*.safetensors")
+    return sorted((int(file.stem.removeprefix("round_")), file) for file in files)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -205,11 +231,5 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _what(config_yaml: str) -> list[str]:
-    """The configuration less `run:` and `link:`, which say where and how long, not what: no bit depends on them."""
-    lines, inside = [], False
-    for line in config_yaml.splitlines():
-        inside = line.startswith(("run:", "link:")) or (inside and line.startswith(" "))
-        if not inside:
-            lines.append(line)
-    return lines
+def _what(config_yaml: str) -> dict[str, Any]:
+    return what(OmegaConf.create(config_yaml))

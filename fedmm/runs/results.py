@@ -51,7 +51,11 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]
     if gains := evidence.by_client(rows):
-        parts += ["## Is it worth joining?", "Points of own accuracy above the client alone, mean over seeds.", gains]
+        parts += [
+            "## Is it worth joining?",
+            "Points of own accuracy above the client alone, mean over seeds and 95% interval, paired by seed.",
+            gains,
+        ]
     if chosen := [row for file in tuned if file.exists() for row in json.loads(file.read_text())]:
         parts += ["## Settings chosen on the validation split", _tuned(chosen)]
     home.write(into, ("\n\n".join(parts) + "\n").encode())

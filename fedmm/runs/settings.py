@@ -149,6 +149,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+PLACES = (
+    "run", "link.bind", "link.address", "link.tls", "link.deadline_seconds", "link.frame_limit_mb", "link.sessions",
+    "link.pending", "link.workers", "link.merge_wait_ms", "link.graphs_mb", "link.cache_memory_mb",
+    "link.cache_disk_mb",
+)  # fmt: skip
+"""Settings of where and how long: no bit of what is trained depends on them."""
 SETS = {"shared", "local", "frozen"}
 ONE_OF = {
     "schedule": ("constant", "cosine"),
@@ -166,6 +172,8 @@ ONE_OF = {
     "link.codec.logits": ("none", "fp16", "bf16", "int8"),
 }
 AT_LEAST = {
+    "method.step.alpha": 0, "method.step.beta": 0, "method.step.temperature": 0.01, "method.step.ramp": 0,
+    "method.step.share": 0, "method.step.mu": 0, "optimizer.lr": 0, "run.at_once": 1,
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 0, "edge.lora.rank": 0,
     "pretrain.threads": 1, "align.threads": 1, "align.every": 1, "align.per_class": 1, "align.held_out": 1,
     "align.step.steps": 1, "align.step.batch_size": 1, "align.step.check_every": 1, "align.step.patience": 1,

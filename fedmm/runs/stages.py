@@ -40,6 +40,7 @@ from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.runs.settings import Config
 from fedmm.stages.align import Aligned, Teacher, tuned
+from fedmm.stages.captions import prepared_files
 from fedmm.stages.kept import fingerprint
 from fedmm.stages.pretrain import Look
 from fedmm.stages.scores import MORE_OPEN, agreement, balanced_set, class_scores
@@ -267,8 +268,8 @@ def check_stages(cfg: Config) -> None:
     if cfg.pretrain.step or cfg.align.step:
         open_examples(cfg)
     folder = cfg.captions.writer.get("folder") if cfg.pretrain.step else None
-    if folder and not any(Path(folder).glob("*.jsonl")):
-        raise ValueError(f"captions.writer.folder={folder} has no *.jsonl; prepare texts there, or set captions=own")
+    if folder:
+        prepared_files(folder)
 
 
 def open_examples(cfg: Config) -> Sequence[Example]:

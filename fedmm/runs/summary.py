@@ -48,11 +48,16 @@ def _score(parts: dict[int, dict[int, tuple[int, int]]], cfg: Any) -> dict[str, 
     everything = set(range(cfg.clients))
     if personal(cfg):
         full = [rows for rows in parts.values() if rows.keys() == everything]
-        overall = statistics.fmean(map(_accuracy, full)) if len(full) == len(parts) > 0 else None
+        overall = statistics.fmean(map(_accuracy, full)) if len(full) == len(_scorers(cfg)) else None
     else:
         union = {part: score for rows in parts.values() for part, score in rows.items()}
         overall = _accuracy(union) if union.keys() == everything else None
     return {"global": overall, "own": own}
+
+
+def _scorers(cfg: Any) -> list[int]:
+    """The clients that are scored at the end."""
+    return [0] if cfg.pooled else list(range(cfg.clients))
 
 
 def write_summary(folder: Path) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         told["llm_samples"] += row["llm_samples"]
     rounds = read_rows(folder / "rounds.jsonl")
     scored = scores(folder)
+    scorers = {row["client"] for row in read_rows(folder / "scores.jsonl") if row["round"] == cfg.rounds}
     nothing: dict[str, Any] = {"global": None, "own": {}}
     zero_shot, final = ({**scored.get(round, nothing), **_groups(folder, cfg, round)} for round in (0, cfg.rounds))
     summary = {
@@ -94,6 +100,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "client_parameters": client_parameters,
         "seconds": _seconds(folder),
         "lost": sum(len(row["lost"]) for row in rounds),
+        "unscored": [client for client in _scorers(cfg) if client not in scorers],
         "product_error": _product_error(rounds),
         "state": rounds[-1]["state"] if rounds else None,
     }

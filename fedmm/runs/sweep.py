@@ -37,7 +37,10 @@ TUNING_SEED = 100
 FURTHER = 2  # values at most that a search takes beyond its ends
 _NAMED = ("arm", "method", "rule", "scenario", "dataset", "partition", "seed", "label", "data")  # name themselves
 _IN_NAME = ("arm", "method", "rule", "scenario", "seed")  # of a run's folder, also of one value: others may come later
-_TUNING = ("evaluate.split=validation", "evaluate.everywhere=false", "evaluate.every=0", "evaluate.predictions=false")
+_TUNING = (
+    "evaluate.split=validation", "evaluate.everywhere=false", "evaluate.every=0", "evaluate.groups=null",
+    "evaluate.predictions=false",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
         asked += chosen([override for override in asked if not override.startswith("seed=")])
         name = _name(pairs, several) or "run"
         for name_of, of_data in (("label", False), ("data", True)):
-            own = [f"{key}={pairs[key]}" for key in several if key not in _NAMED and evidence.of_data(key) == of_data]
+            unnamed = (key for key in sorted(several) if key not in _NAMED and evidence.of_data(key) == of_data)
+            own = [f"{key}={pairs[key]}" for key in unnamed]
             if own and name_of not in found:
                 asked.append(config.quoted(name_of, ", ".join([getattr(config.compose(asked), name_of), *own])))
         made.append(_job(path, name, asked))
@@ -104,7 +108,9 @@ def trials(
 ) -> dict[tuple[str, ...], dict[str, Job]]:
     """The runs that tuning takes, by combination (seeds apart) and value, on the validation split. `wider` has the
     values of combinations whose search has gone on."""
-    found = {key: values for key, values in config.axes(overrides).items() if key != "seed"}
+    found = config.axes(overrides)
+    if str(tuned.seed) in found.pop("seed", ()):
+        raise config.ConfigError(f"seed={tuned.seed} is that of the search, and is used for nothing else; take another")
     several = _several(found)
     made = {}
     for pairs in _combinations(found):
@@ -284,8 +290,8 @@ def _overrides(pairs: Mapping[str, str]) -> list[str]:
 
 def _job(path: Path, name: str, overrides: Sequence[str]) -> Job:
     """A run of one arm: what a preset sets beside it is left out. The last override is run.dir."""
-    alone = ["compare=[]"] if config.compose(overrides).compare else []
-    return Job(name, path / name, (*overrides, *alone, config.quoted("run.dir", (path / name).absolute())))
+    one_arm = ["compare=[]"] if config.compose(overrides).compare else []
+    return Job(name, path / name, (*overrides, *one_arm, config.quoted("run.dir", (path / name).absolute())))
 
 
 def _without(overrides: Sequence[str], others: Sequence[str]) -> Iterator[str]:
@@ -294,8 +300,8 @@ def _without(overrides: Sequence[str], others: Sequence[str]) -> Iterator[str]:
 
 
 def _name(pairs: Mapping[str, str], several: Sequence[str]) -> str:
-    named = (f"{key}={value}" for key, value in pairs.items() if key in several or key in _IN_NAME)
-    return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in named)
+    keys = [key for key in _IN_NAME if key in pairs] + sorted(set(several) - set(_IN_NAME))  # in whatever order asked
+    return "_".join(re.sub(r"[^\w.-]+", "-", f"{key}={pairs[key]}") for key in keys)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -246,6 +246,15 @@ def hub(
     return Writer(f"hub:{path}:{hashlib.sha256(about.encode()).hexdigest()[:16]}", say)
 
 
+def prepared_files(folder: str) -> list[Path]:
+    """Where prepared texts lie. Raises ValueError where there is none."""
+    if files := sorted(Path(folder).glob("*.jsonl")):
+        return files
+    raise ValueError(
+        f"captions.writer.folder={folder} has no *.jsonl; prepare texts there, a line {_WANTED}, or set captions=own"
+    )
+
+
 def prepared(model: Model, processor: Processor, prompt: str, *, folder: str) -> Writer:
     """Texts made elsewhere, by a commercial model or by people: every *.jsonl of a folder, with lines of
 
@@ -254,9 +263,7 @@ def prepared(model: Model, processor: Processor, prompt: str, *, folder: str) ->
     An empty text says that there is none, and `keep` drops it. A jsonl of `write` is one, too. Raises ValueError for a
     broken line, for two texts of one image and prompt that differ, and when asked what no line has.
     """
-    files = sorted(Path(folder).glob("*.jsonl"))
-    if not files:
-        raise ValueError(f"captions.writer.folder={folder} has no *.jsonl; its lines are to be {_WANTED}")
+    files = prepared_files(folder)
     texts: dict[tuple[str, str], tuple[str, str]] = {}
     for file in files:
         for where, line in _lines(file, file.read_bytes().split(b"\n"), ("image", "prompt", "text")):
