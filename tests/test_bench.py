@@ -11,8 +11,9 @@ import pytest
 from conftest import CountingProxy
 
 from fedmm.bench import served, traffic
-from fedmm.bench.common import Case, in_turn, peak_rss_bytes, rss_bytes
+from fedmm.bench.common import Case, in_turn
 from fedmm.cli import BENCHES, main
+from fedmm.ram import give_back, peak_rss_bytes, rss_bytes
 
 TOY = served.SHAPES["toy"]
 KEYS = ["bench", "case", "value", "unit", "bar", "holds"]
@@ -51,8 +52,13 @@ def test_runs_take_turns_and_the_first_round_does_not_count():
     assert "".join(order) == "ababab" and {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_the_peak_is_of_this_process():
+def test_the_peak_is_of_this_process_and_freed_heap_is_given_back():
     assert 10 << 20 < rss_bytes() <= peak_rss_bytes() + (1 << 20)
+    blocks = [bytearray(100_000) for _ in range(2000)]  # below what glibc maps one by one
+    last, held = blocks.pop(), rss_bytes()
+    blocks.clear()  # the last one lies above them, and holds them
+    give_back()
+    assert rss_bytes() < held - (100 << 20) and len(last) == 100_000
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import torch
 
 from fedmm import seeds
 from fedmm.aggregate.fisher import fisher
-from fedmm.bench.common import Case, Size, in_turn, median_ms, peak_rss_bytes, rss_bytes
+from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.edge.base import KINDS
+from fedmm.ram import peak_rss_bytes, rss_bytes
 from fedmm.runs.folder import RunFolder
 from fedmm.types import State, Update
 

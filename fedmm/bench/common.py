@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 Size = Literal["toy", "real"]
@@ -56,21 +55,6 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 def median_ms(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds)
-
-
-def rss_bytes() -> int:
-    """The memory this process holds now."""
-    return _status_bytes("VmRSS")
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held. `ru_maxrss` would start at the parent's, which survives an exec."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) << 10
 
 
 def _short(value: Any) -> Any:

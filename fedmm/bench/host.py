@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedmm import seeds, tree
+from fedmm import ram, seeds, tree
 from fedmm.bench import served
-from fedmm.bench.common import Case, Size, rss_bytes
+from fedmm.bench.common import Case, Size
 from fedmm.bench.served import Shapes
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.llm.features import Features
@@ -139,6 +139,7 @@ def _medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
+            ram.give_back()
             began = time.perf_counter()
             way()
             if repeat:
@@ -158,7 +159,7 @@ def _sessions(setting: Setting) -> Iterator[Case]:
             session = stack.enter_context(_session(host, client))
             Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
             if client in (0, 63):
-                held.append(rss_bytes() - store.memory_used_bytes)
+                held.append(ram.rss_bytes() - store.memory_used_bytes)
     weights = sum(p.nbytes for p in model.parameters())
     features = {"of one sample": batch.features_MPE} if batch.features_MPE is not None else {}
     detail = {"host_bytes": held[0], "model_bytes": weights, "features_bytes_a_client": tree.size_bytes(features)}
@@ -239,6 +240,7 @@ def _serve_clients(setting: Setting, connection: Connection) -> None:
             for thread in threads:
                 thread.join()
             connection.send(next((one.fault for one in clients[port] if one.fault), None))
+            ram.give_back()
 
 
 class _Client:

@@ -23,13 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from fedmm import seeds, tree
-from fedmm.bench.common import Case, Size, peak_rss_bytes, rss_bytes
+from fedmm.bench.common import Case, Size
 from fedmm.edge.base import Connector
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.parts import take_files
 from fedmm.edge.prepare import Prepared, prepare
 from fedmm.methods.lora import lora
 from fedmm.model import LLM, Model
+from fedmm.ram import peak_rss_bytes, rss_bytes
 from fedmm.runs import build, home
 from fedmm.runs.config import load
 from fedmm.train import train

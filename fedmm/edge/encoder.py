@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedmm import codecs
+from fedmm import codecs, ram
 from fedmm.store import Store
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class CachedEncoder:
         for start in range(0, len(lacking), step):
             self._make(lacking[start : start + step])
         self._encoder = None
+        ram.give_back()
 
     @torch.no_grad()
     def _make(self, items: Sequence[Prepared]) -> list[Tensor]:

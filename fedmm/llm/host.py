@@ -22,7 +22,7 @@ import grpc
 import torch
 from torch import Tensor
 
-from fedmm import codecs, tree
+from fedmm import codecs, ram, tree
 from fedmm.codecs import Feedback
 from fedmm.edge.schema import without_images
 from fedmm.llm import reading, tls, wire
@@ -194,6 +194,7 @@ class Host:
             refused, traffic, self._traffic = self._refused, self._traffic, defaultdict(Traffic)
         for visit in visits:
             visit.context.cancel()
+        ram.give_back()
         return refused, dict(traffic)
 
     def close(self) -> None:

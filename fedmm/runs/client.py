@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fedmm import tree
+from fedmm import ram, tree
 from fedmm.codecs import Codecs
 from fedmm.data.views import Some
 from fedmm.edge import schema as schemas
@@ -140,7 +138,7 @@ def take_part(order: Order) -> Report:
             "encode_seconds": encoded - ready,
             "score_seconds": scored - encoded,
             "link_seconds": session.wait_seconds,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
+            "peak_rss_bytes": float(ram.peak_rss_bytes()),
             "edge_parameters": float(_frozen_parameters(cfg, card)),
             "trained_parameters": float(sum(p.numel() for n in edge.sets for p in edge.trainable(n).values())),
         }
@@ -288,6 +286,3 @@ def _answers(cfg: Config, built: Built, items: list[Prepared]) -> list[Answer]:
         batch_size=evaluate.batch_size,
         max_tokens=evaluate.max_tokens,
     )
-
-
-_RSS_UNIT_BYTES = 1.0 if sys.platform == "darwin" else 1024.0

@@ -1,0 +1,39 @@
+"""What this process holds of the machine's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")  # of Linux
+
+
+def rss_bytes() -> int:
+    """What is held now; where the system does not say, the peak."""
+    return _status_bytes("VmRSS") if _STATUS.exists() else peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """The most that was held. `ru_maxrss`, which other systems have, starts at the parent's and survives an exec."""
+    if _STATUS.exists():
+        return _status_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Give freed heap back to the system, which glibc does not by itself; elsewhere nothing.
+
+    After a batch of 16 with 676 positions through an LLM of 134M parameters a host held 6.4 GB, and every thread that
+    ran one kept a heap of its own; so it holds 1.0. The pages are cleared anew when they are wanted: a quarter of a
+    second a gigabyte.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
+def _status_bytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[name].split()[0]) << 10
