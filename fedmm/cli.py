@@ -127,7 +127,7 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    except FedmmError as error:
+    except (FedmmError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -154,7 +154,7 @@ def _export(run: Path, into: Path) -> int:
 
     try:
         round = export(run, into)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{into}: the backbone with the adapters of round {round} folded in")

@@ -166,10 +166,6 @@ class Feedback:
         self._residuals[name] = unpack(parts, codec, tuple(total.shape)).neg_().add_(total)
         return parts
 
-    def clear(self) -> None:
-        """Forget every residual."""
-        self._residuals.clear()
-
 
 def _quantise(tensor: Tensor) -> dict[str, Tensor]:
     count = tensor.numel()

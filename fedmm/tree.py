@@ -19,6 +19,22 @@ def zeros_like(state: State) -> State:
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
+def joined(**states: Mapping[str, torch.Tensor]) -> State:
+    """Several states as one, each name behind its state's: `delta/image.up`."""
+    return {f"{part}/{name}": tensor for part, state in states.items() for name, tensor in state.items()}
+
+
+def parted(tensors: Mapping[str, torch.Tensor], *parts: str) -> tuple[State, ...]:
+    """The states that `joined` put together. Raises ValueError for a tensor of none of these parts."""
+    found: dict[str, State] = {part: {} for part in parts}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition("/")
+        if part not in found:
+            raise ValueError(f"unknown tensor {name!r}; there are {', '.join(f'{part}/...' for part in parts)}")
+        found[part][key] = tensor
+    return tuple(found.values())
+
+
 def moved(state: State, change: State) -> State:
     """`state + change`; what `change` lacks stays as it is."""
     return {name: tensor + change[name] if name in change else tensor for name, tensor in state.items()}
@@ -58,6 +74,9 @@ def mismatch(state: Mapping[str, torch.Tensor], like: State) -> str | None:
             return f"{name!r} has shape {tuple(came.shape)}, wanted {tuple(wanted.shape)}"
         if came.dtype != wanted.dtype:
             return f"{name!r} is {came.dtype}, wanted {wanted.dtype}"
-        if not torch.isfinite(came).all():
-            return f"{name!r} is not finite"
-    return None
+    return not_finite({name: state[name] for name in like})
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> str | None:
+    """What of `state` is not finite, or None if all is."""
+    return next((f"{name!r} is not finite" for name, tensor in state.items() if not tensor.isfinite().all()), None)

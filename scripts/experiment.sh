@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The evidence: methods and bounds in every scenario on the embedded data, three seeds, the learning rate of each chosen by
-# the same small search on the validation split. Tables and picture land in docs/RESULTS.md. 330 runs: hours on two cores.
+# the same small search on the validation split. Tables and picture land in docs/RESULTS.md. 330 runs,
+# and one or two more where the best rate is an end of the search: hours on two cores.
 #
 #     bash scripts/experiment.sh [OVERRIDE...]        runs in runs/results/; a sweep that was stopped goes on
 #     arms=local,fedavg,feddat scenarios=domain bash scripts/experiment.sh        a part of it, in the same folder

@@ -646,13 +646,15 @@ def test_a_client_that_sends_garbage(backbone, tmp_path):
     honest = run(backbone, tmp_path / "honest", "arm=median", "rounds=1")
     nan = run(backbone, tmp_path / "nan", "arm=median", "rounds=1", "fault=not_finite", "faulty=[1]")
     assert "not finite" in rounds(nan)[0]["lost"]["1"] and rounds(nan)[0]["clients"] == [0, 2]
-    far = {}
+    far, errors = {}, {}
     for arm in ("median", "fedavg"):
         path = run(backbone, tmp_path / arm, f"arm={arm}", "rounds=1", "fault=scaled", "faulty=[1]")
         found = latest_checkpoint(path)
         far[arm] = max(float(tensor.abs().max()) for tensor in found[1].values())
+        errors[arm] = json.loads((path / "summary.json").read_text())["product_error"]
     near = max(float(tensor.abs().max()) for tensor in latest_checkpoint(honest)[1].values())
     assert far["median"] < 2 * near and far["fedavg"] > 5 * near
+    assert errors["fedavg"] > 10 > errors["median"], "against the mean of those who send no garbage"
 
 
 def test_what_cannot_work_together_is_told_before_anything_starts_and_all_at_once():

@@ -46,11 +46,6 @@ class Shapes:
     V: int
     A: int
 
-    @property
-    def sample_bytes(self) -> int:
-        """One sample's embeddings in fp16."""
-        return 2 * self.T * self.D
-
 
 SHAPES = {
     "real": Shapes(T=676, P=576, D=4096, E=1024, R=64, V=32064, A=5),  # LLaVA-1.5-7B, FedNano's rank

@@ -303,10 +303,10 @@ def _matrices(generator: torch.Generator, count: int) -> Tensor:
     turn = 0.13 * torch.randn(count, generator=generator)
     slant = 0.25 * torch.randn(count, generator=generator)
     wide, high = _uniform(generator, count, 0.6, 1.2), _uniform(generator, count, 0.9, 1.1)
-    zero, one = torch.zeros(count), torch.ones(count)
+    zero = torch.zeros(count)
     scale = torch.stack([wide, slant, zero, high], 1).view(-1, 2, 2)
     rotate = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2)
-    return rotate @ scale * one[:, None, None]
+    return rotate @ scale
 
 
 def _fields(generator: torch.Generator, count: int) -> Tensor:

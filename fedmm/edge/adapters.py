@@ -1,4 +1,4 @@
-"""The NanoAdapter, and where the state of an edge's adapters is read and written.
+"""The NanoAdapter: a low-rank product beside embeddings.
 
     x  ->  x + (alpha / r) B A x        A: (r, D) random, B: (D, r) zero, so that it starts as the identity
 

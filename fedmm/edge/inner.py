@@ -11,15 +11,13 @@ adapters' outputs (its own stand behind the residual sum in ViLT, and have biase
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Place = Callable[[nn.Module, Sequence[str]], None]
-"""What a yaml of conf/inner/ names: it puts adapters of the named sets into the layers of a module."""
 DOWN, UP = ("lora_A", "bottleneck_down"), ("lora_B", "bottleneck_up")
 """How the names of the factors end: the one that is drawn at the start, the one that is zero."""
 

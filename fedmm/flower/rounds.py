@@ -32,7 +32,7 @@ from fedmm.llm.tls import Authority
 from fedmm.runs import home, summary
 from fedmm.runs.build import Whole, class_counts, for_arm, server_edge, server_state, state_for, update_of
 from fedmm.runs.client import Order, Report
-from fedmm.runs.config import encrypted, make, scale
+from fedmm.runs.config import encrypted, make, per_round, scale
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
 from fedmm.runs.stages import Alignment, pretrained
@@ -161,8 +161,7 @@ class _Arm:
     def train_round(self, round: int, current: State, memory: State, rule: Any) -> tuple[State, State]:
         """One round: orders out, updates in, merged, made to last."""
         began = time.perf_counter()
-        per_round = min(self.cfg.clients_per_round or self.cfg.clients, len(self.everybody))
-        chosen = seeds.sample_clients(self.cfg.seed, round, len(self.everybody), per_round)
+        chosen = seeds.sample_clients(self.cfg.seed, round, len(self.everybody), per_round(self.cfg))
         awaited = [client for client in chosen if client not in self.folder.arrived(round)]  # a killed server has some
         update = partial(update_of, self.cfg, round)
         self.host.open_round(round, current, awaited, partial(state_for, self.cfg), update, scale=self.scale)
@@ -174,7 +173,7 @@ class _Arm:
             raise FedmmError(f"round {round}: no client returned an update; " + "; ".join(map(_reason, lost.items())))
         before = current
         current, memory = rule(before, self.folder.updates(round, arrived), memory)
-        if bad := tree.mismatch(current, current):
+        if bad := tree.not_finite(current):
             raise FedmmError(f"round {round}: the merged state {bad}; lower optimizer.lr or choose a robust rule")
         self.took_part |= dict.fromkeys(arrived, round)
         product_error = self._product_error(round, arrived, before, current)
@@ -208,12 +207,14 @@ class _Arm:
         ]
 
     def _product_error(self, round: int, arrived: list[int], before: State, merged: State) -> dict[str, float] | None:
-        """How far each pair's product is from the mean of the clients'; None where that is too much work to tell."""
-        if lowrank.error_cost(before, len(arrived)) > ERROR_COST_LIMIT:
+        """How far each pair's product is from the mean of the clients', less those that `fault` makes send garbage;
+        None where that is too much work to tell."""
+        honest = [client for client in arrived if not self.cfg.fault or client not in self.cfg.faulty]
+        if lowrank.error_cost(before, len(honest)) > ERROR_COST_LIMIT:
             return None
         weights = self.cfg.rule.get("weights", "examples")
         found = lowrank.product_error(
-            merged, before, self.folder.updates(round, arrived), scale=self.scale, weights=weights
+            merged, before, self.folder.updates(round, honest), scale=self.scale, weights=weights
         )
         return {name: error for name, error in found.items() if math.isfinite(error)}
 

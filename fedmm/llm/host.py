@@ -432,29 +432,24 @@ def _secured(authority: tls.Authority) -> grpc.ServerCredentials:
 
 def _read_update(client: int, frame: wire.Frame, wanted: State) -> Update:
     """The update a frame holds, or ValueError with the reason it is not one with the names and shapes of `wanted`."""
-    parts: dict[str, State] = {"delta": {}, "fisher": {}}
-    for name, tensor in frame.tensors.items():
-        part, _, key = name.partition("/")
-        if part not in parts:
-            raise ValueError(f"unknown tensor {name!r}; an update holds delta/... and fisher/...")
-        parts[part][key] = tensor
+    delta, fisher = tree.parted(frame.tensors, "delta", "fisher")
     count = reading.integer(frame, "num_examples")
     if not 1 <= count < 1 << 31:
         raise ValueError(f"num_examples must be at least 1 and below 2^31, got {str(count)[:12]}")
     has_fisher = bool(frame.meta.get("fisher"))
-    if without_images(parts["delta"]).keys() == parts["delta"].keys():  # of a client who has seen none
+    if without_images(delta).keys() == delta.keys():  # of a client who has seen none
         wanted = without_images(wanted)
-    for what, state in (("delta", parts["delta"]), *((("Fisher", parts["fisher"]),) if has_fisher else ())):
+    for what, state in (("delta", delta), *((("Fisher", fisher),) if has_fisher else ())):
         if reason := tree.mismatch(state, wanted):
             raise ValueError(f"the {what} {reason}")
         if any((tensor.abs() > ENTRY_LIMIT).any() for tensor in state.values()):
             raise ValueError(f"the {what} has an entry above {ENTRY_LIMIT:g}, which no training makes")
-    if any((tensor < 0).any() for tensor in parts["fisher"].values()):
+    if any((tensor < 0).any() for tensor in fisher.values()):
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
     metrics = frame.meta.get("metrics", {})
     if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(reading.number, metrics.values())):
         raise ValueError(f"metrics must be finite numbers by name, got {str(metrics)[:200]}")
-    return Update(client, parts["delta"], count, parts["fisher"] if has_fisher else None, metrics)
+    return Update(client, delta, count, fisher if has_fisher else None, metrics)
 
 
 def _rows(step: reading.Read, keep_BA: Tensor) -> list[Rows]:

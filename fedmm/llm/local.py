@@ -1,4 +1,4 @@
-"""The frozen LLM in this process. The host serves it; tests compare the link against it.
+"""The frozen LLM in this process: the host serves it, and where `llm.where=client` a client runs it.
 
 Everything is frozen and in eval mode; only the gradient by the input embeddings is ever formed. The head runs at the
 answer positions alone.

@@ -256,8 +256,7 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
 
 
 def _send(session: Session, update: Update) -> None:
-    tensors = {f"delta/{name}": tensor for name, tensor in update.delta.items()}
-    tensors |= {f"fisher/{name}": tensor for name, tensor in (update.fisher or {}).items()}
+    tensors = tree.joined(delta=update.delta, fisher=update.fisher or {})
     has_fisher = update.fisher is not None
     session.call("update", tensors, num_examples=update.num_examples, fisher=has_fisher, metrics=dict(update.metrics))
 

@@ -191,12 +191,12 @@ def check(cfg: Config) -> Iterator[str]:
     if set(cfg.faulty) - set(range(max(1, cfg.clients))):
         yield f"faulty must name clients from 0 to below clients={cfg.clients}, got {list(cfg.faulty)}"
     byzantine, trim = ((cfg.rule or {}).get(name) for name in ("byzantine", "trim"))
-    if isinstance(byzantine, int) and _per_round(cfg) < 2 * byzantine + 3:
+    if isinstance(byzantine, int) and per_round(cfg) < 2 * byzantine + 3:
         yield (
-            f"rule.byzantine={byzantine} needs at least {2 * byzantine + 3} clients in a round, got {_per_round(cfg)}; "
+            f"rule.byzantine={byzantine} needs at least {2 * byzantine + 3} clients in a round, got {per_round(cfg)}; "
             "lower it, or raise clients or clients_per_round"
         )
-    K = _per_round(cfg)
+    K = per_round(cfg)
     if isinstance(trim, int | float) and (0 <= trim < 0.5 or trim >= 1) and trimmed.dropped(trim, K) * 2 >= K:
         yield (
             f"rule.trim={trim:g} must leave one of {K} clients in a round, and drops {trimmed.dropped(trim, K)} at "
@@ -309,7 +309,8 @@ def _sets_asked(cfg: Config) -> Iterator[tuple[str, list[str]]]:
             yield name, list(value)
 
 
-def _per_round(cfg: Config) -> int:
+def per_round(cfg: Any) -> int:
+    """How many clients train in a round."""
     return min(cfg.clients_per_round or cfg.clients, 1 if cfg.pooled else cfg.clients)
 
 
@@ -340,7 +341,7 @@ def _rehearse(cfg: Config) -> Iterator[str]:
 
 
 def _rehearse_round(cfg: Config, round: int, schema: Any, rule: Any, one_set: State, current: State) -> Iterator[str]:
-    clients = sorted(range(cfg.clients), key=lambda client: own_rank(cfg, client))[: max(_per_round(cfg), 0)]
+    clients = sorted(range(cfg.clients), key=lambda client: own_rank(cfg, client))[: max(per_round(cfg), 0)]
     names = schemas.sent(schema, cfg.rounds, one_set, round)
     every = [f"{name}.{key}" for name in cfg.method.sets for key in _one_set(cfg)]
     if every and not any(schemas.fits(name, schema(round, cfg.rounds).trains) for name in every):

@@ -3,6 +3,7 @@
     config.yaml overrides.txt environment.json      what was asked, where it ran
     rounds.jsonl scores.jsonl predictions.jsonl      per round: who trained; how the state scored; what the model said
     ledger.jsonl events.jsonl summary.json           bytes and seconds; what happened when; the figures of the end
+    stages.jsonl compact.safetensors classes.json    of the server's own stages, of a compact encoder, of `evaluate.groups`
     checkpoints/round_0007.safetensors               state (and the rule's memory) after round 7
     journal/round_0008/client_0003.safetensors       updates of the round in progress
     arms/<name>/                                     the same, for every arm that is compared
@@ -31,6 +32,7 @@ import safetensors
 import safetensors.torch
 from omegaconf import OmegaConf
 
+from fedmm import tree
 from fedmm.runs import home
 from fedmm.runs.config import what
 from fedmm.types import State, Update
@@ -80,8 +82,7 @@ class RunFolder:
 
     def save_checkpoint(self, round: int, state: State, memory: State) -> None:
         """Make the round last, then forget its journal."""
-        tensors = {f"state/{name}": t for name, t in state.items()} | {f"memory/{n}": t for n, t in memory.items()}
-        home.save(tensors, self._checkpoint(round), {"round": str(round)})
+        home.save(tree.joined(state=state, memory=memory), self._checkpoint(round), {"round": str(round)})
         shutil.rmtree(self._journal(round), ignore_errors=True)
         for _, path in _checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
             path.unlink(missing_ok=True)
@@ -122,8 +123,7 @@ class RunFolder:
 
     def save_update(self, round: int, update: Update) -> None:
         """Make an update safe the moment it arrives."""
-        tensors = {f"delta/{name}": t for name, t in update.delta.items()}
-        tensors |= {f"fisher/{name}": t for name, t in (update.fisher or {}).items()}
+        tensors = tree.joined(delta=update.delta, fisher=update.fisher or {})
         about = {
             "num_examples": update.num_examples,
             "fisher": update.fisher is not None,
@@ -146,12 +146,8 @@ class RunFolder:
         """These clients' updates of the round in the order given, one in memory at a time."""
         for client in clients:
             about = self.about(round, client)
-            parts: dict[str, State] = {"delta": {}, "fisher": {}}
-            for name, tensor in safetensors.torch.load_file(self._update(round, client)).items():
-                part, _, key = name.partition("/")
-                parts[part][key] = tensor
-            fisher = parts["fisher"] if about["fisher"] else None
-            yield Update(client, parts["delta"], about["num_examples"], fisher, about["metrics"])
+            delta, fisher = tree.parted(safetensors.torch.load_file(self._update(round, client)), "delta", "fisher")
+            yield Update(client, delta, about["num_examples"], fisher if about["fisher"] else None, about["metrics"])
 
     def _update(self, round: int, client: int) -> Path:
         return self._journal(round) / f"client_{client:04d}.safetensors"
@@ -189,11 +185,8 @@ def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:
     if not found:
         return None
     round, path = found[-1]
-    parts: dict[str, State] = {"state": {}, "memory": {}}
-    for name, tensor in safetensors.torch.load_file(path).items():
-        part, _, key = name.partition("/")
-        parts[part][key] = tensor
-    return round, parts["state"], parts["memory"]
+    state, memory = tree.parted(safetensors.torch.load_file(path), "state", "memory")
+    return round, state, memory
 
 
 def _checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -45,10 +45,13 @@ def _aside(path: Path) -> Iterator[Path]:
     """A file to write; then it is flushed to the disk and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    yield aside
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        yield aside
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class Mapped(Mapping[str, Tensor]):
@@ -128,13 +131,12 @@ def load_kept(run: str, client: int, round: int) -> State | None:
 
 
 def save_kept(run: str, client: int, round: int, state: State, needed: int) -> None:
-    """Keep the client's own state of `round`. Those before `needed`, the last that the server knows of, go.
-
-    `needed` itself stays: until the server has this round's update it will ask for that one again.
+    """Keep the client's own state of `round`, and that of `needed`, the last round that the server knows of: until it
+    has this round's update it will ask for that one again. All others of the run go.
     """
     save(state, _kept(run, client, round))
     for path in _kept(run, client, round).parent.glob("round_*.safetensors"):
-        if int(path.stem.removeprefix("round_")) < needed:
+        if int(path.stem.removeprefix("round_")) not in (needed, round):
             path.unlink(missing_ok=True)
 
 

@@ -3,12 +3,12 @@
 CHANNELS = {
     "adapters": "the shared state down, each client's change of it up",
     "fisher": "how sure a client is of each coordinate of its change",
-    "edge": "encoder, connector and token table, once per machine",
+    "edge": "encoder, connector and token table, once per machine; and the card that names them, every round",
     "features": "what the encoder makes of an image, once a sample and run",
     "steps": "the adapters' part of embeddings, losses and gradients of every training step",
     "answers": "the adapters' part of embeddings and generated tokens of every scored question",
     "control": "Flower's messages: orders and reports",
-    "refused": "what the host did not accept",
+    "refused": "frames of a kind that the host does not know",
 }
 """The ledger's channels in the order of the page, and what each holds."""
 
@@ -154,8 +154,9 @@ Run several seeds and set their folders side by side with <code>fedmm compare</c
 <p class="note"><i>Global</i> is accuracy on everybody's {{ cfg.evaluate.split }} questions; for personal models, the
 mean over clients of each one's accuracy on all of them. <i>Own</i> is each client's accuracy on its own part, averaged
 over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB are those
-of rounds and scoring, the link's and Flower's; frozen parts (once a machine) and features (once a sample and run, so
-that of several arms the first pays) stand below, by channel; seconds are from an arm's first event to its last.</p>
+of rounds and scoring on the link; frozen parts (once a machine) and features (once a sample and run, so that of several
+arms the first pays) stand below, by channel, as do Flower's messages;
+seconds are from an arm's first event to its last.</p>
 {% set merged = arms | selectattr('product_error', 'number') | list %}
 {% if merged %}
 <p class="note">Adapters act through their products <i>B A</i>. A rule that merges <i>A</i> and <i>B</i> apart

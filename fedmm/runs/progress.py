@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmm.runs import evidence, summary
+from fedmm.runs.config import per_round
 from fedmm.runs.folder import read_rows
 
 POLL_SECONDS = 0.25
@@ -168,8 +169,7 @@ class _Watched:
                 arm.done, arm.losses = set(), {}
         elif kind == "arm":
             cfg = OmegaConf.load(folder / "config.yaml")
-            expected = 1 if cfg.pooled else cfg.clients_per_round or cfg.clients
-            self.arms[folder] = _Arm(event["label"], event["rounds"], expected, event["start"])
+            self.arms[folder] = _Arm(event["label"], event["rounds"], per_round(cfg), event["start"])
             self.arms[folder].moved = _moved(folder, event["start"])
         elif folder in self.arms:
             _advance(self.arms[folder], folder, event)

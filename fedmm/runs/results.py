@@ -27,8 +27,12 @@ def runs_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def note(sweep: Path, command: str) -> None:
-    """Keep with a sweep's folder the command that has made a part of it, and its day."""
-    home.write(sweep / COMMANDS, json.dumps(_noted(sweep) | {command: time.strftime("%Y-%m-%d")}, indent=1).encode())
+    """Keep with a sweep's folder the command that has made a part of it, its day and its machine."""
+    home.write(sweep / COMMANDS, json.dumps(_noted(sweep) | {command: _now()}, indent=1).encode())
+
+
+def _now() -> str:
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
 
 
 def _noted(sweep: Path) -> dict[str, str]:
@@ -40,12 +44,12 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
     """Write `into`, a markdown file, and the picture beside it; returns `into`. `sweeps` tell by which commands they
     were made and what they have chosen."""
     tuned = [sweep / "tuned.json" for sweep in sweeps]
-    made = {command: time.strftime("%Y-%m-%d")} | {c: day for sweep in sweeps for c, day in _noted(sweep).items()}
+    made = {command: _now()} | {asked: when for sweep in sweeps for asked, when in _noted(sweep).items()}
     picture, shown = into.with_suffix(".png"), evidence.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
-        "\n".join(f"- `{asked}`, {day}, {os.cpu_count()} cores." for asked, day in made.items()),
+        "\n".join(f"- `{asked}`, {when}." for asked, when in made.items()),
         evidence.reading(shown),
         evidence.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",

@@ -25,12 +25,11 @@ from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
 from fedmm.stages.kept import fingerprint, mend, reads
-from fedmm.types import Example
+from fedmm.types import IMAGE_PLACE, Example
 
 NOTED_CHUNKS = 20
 OWN_QUESTION = "{question}"
 """Where an example's own question stands in a prompt."""
-_PLACE = "<image>"  # of a further image in a question, as datasets write it
 
 
 @dataclass(frozen=True)
@@ -316,7 +315,7 @@ def _inputs(asks: Any, examples: Sequence[Example], template: str | None) -> Any
 
 def _content(example: Example) -> list[dict[str, Any]]:
     """A question with its images, those without a place in it first."""
-    first, *rest = example.question.split(_PLACE)
+    first, *rest = example.question.split(IMAGE_PLACE)
     front = len(example.images) - len(rest)
     if front < 0:
         raise ValueError(f"{example.id}: {len(rest)} places for {len(example.images)} images in {example.question!r}")
