@@ -5,8 +5,8 @@
 Both are patterns over names with their set in front: `shared.image.up`, `local.*`. Of a product B A, A is `down` or
 peft's `lora_A`, B is `up` or `lora_B`; so are a bottleneck's two, though between them is a relu, and nothing exact. The
 server's state is what some round sends, and nothing else: the rest of a client's adapters is at the common start, or at
-what the client has trained, never sends, and so keeps from round to round. Schemas of the shared set let local ones train
-whole, which never travel; `methods/feddpa` has one that says when.
+what the client has trained, never sends, and so keeps from round to round. Schemas of the shared set let local ones
+train whole, which never travel; `methods/feddpa` has one that says when.
 """
 
 from __future__ import annotations

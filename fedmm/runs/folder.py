@@ -3,7 +3,7 @@
     config.yaml overrides.txt environment.json      what was asked, where it ran
     rounds.jsonl scores.jsonl predictions.jsonl      per round: who trained; how the state scored; what the model said
     ledger.jsonl events.jsonl summary.json           bytes and seconds; what happened when; the figures of the end
-    stages.jsonl compact.safetensors classes.json    of the server's own stages, of a compact encoder, of `evaluate.groups`
+    stages.jsonl compact.safetensors classes.json    the server's stages; a compact encoder; `evaluate.groups`
     checkpoints/round_0007.safetensors               state (and the rule's memory) after round 7
     journal/round_0008/client_0003.safetensors       updates of the round in progress
     arms/<name>/                                     the same, for every arm that is compared
