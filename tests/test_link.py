@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from contextlib import suppress
 
 import grpc
@@ -95,6 +97,28 @@ def test_a_round_that_is_over_takes_nobody(link, edge):
     host.open_round(2, edge.state(), [0])
     with visiting(host) as session, pytest.raises(HostRefused, match="round 1 is over"):
         session.call("state")
+
+
+def test_a_session_that_waits_holds_nothing_of_what_came(link, monkeypatch):
+    """A frame is up to a gigabyte, and sessions wait most of the time."""
+    host, _ = link
+    seen: list[weakref.ref[wire.Frame]] = []
+    decode = wire.decode
+
+    def watched(chunks, limit_bytes):
+        frame = decode(chunks, limit_bytes)
+        if frame is not None:
+            seen.append(weakref.ref(frame))
+        return frame
+
+    with visiting(host) as session:
+        monkeypatch.setattr(wire, "decode", watched)
+        assert session.call("echo", {"x": torch.ones(3)}).tensors["x"].tolist() == [1, 1, 1]
+        deadline = time.monotonic() + 10
+        while any(frame() is not None for frame in seen) and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.01)
+        assert seen and not any(frame() is not None for frame in seen)
 
 
 def test_the_state_goes_down_and_one_update_comes_up(link, edge):

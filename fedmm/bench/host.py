@@ -38,7 +38,7 @@ from fedmm.store import Store
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-CLIENTS = 16
+CLIENTS, SESSIONS = 16, 64
 DEADLINE_SECONDS = 600.0
 
 
@@ -148,23 +148,22 @@ def _medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def _sessions(setting: Setting) -> Iterator[Case]:
-    """What 63 more sessions add to the host's memory, each having done a step; their features are counted apart."""
+    """What more sessions add to the host's memory, each having done a step; their features are counted apart."""
     model = _llava(setting)
     frozen = tree.digest(dict(model.state_dict()))
     batch = served.batch(setting.shapes, range(1))
     store = Store(memory_bytes=1 << 30)
-    with _host(setting, model, store=store, sessions=80) as host, ExitStack() as stack:
-        edge, held = _edge(setting.shapes, model.get_input_embeddings().weight.detach()), []
-        for client in range(64):
-            session = stack.enter_context(_session(host, client))
-            Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
-            if client in (0, 63):
-                held.append(ram.rss_bytes() - store.memory_used_bytes)
+    with _host(setting, model, store=store, sessions=80) as host, _clients(setting) as clients:
+        held = []
+        for count in (1, SESSIONS):
+            clients(host, True, count)
+            ram.give_back()  # what is freed is kept by thread
+            held.append(ram.rss_bytes() - store.memory_used_bytes)
     weights = sum(p.nbytes for p in model.parameters())
     features = {"of one sample": batch.features_MPE} if batch.features_MPE is not None else {}
     detail = {"host_bytes": held[0], "model_bytes": weights, "features_bytes_a_client": tree.size_bytes(features)}
     assert tree.digest(dict(model.state_dict())) == frozen
-    growth = (held[1] - held[0]) / 63 / 1e6
+    growth = (held[1] - held[0]) / (SESSIONS - 1) / 1e6
     yield Case("host", f"memory of one more session, {setting.name}", growth, "MB", None, detail=detail)
 
 
@@ -201,16 +200,16 @@ def _edge(shapes: Shapes, table_VD: Tensor) -> NanoEdge:
 
 
 @contextmanager
-def _clients(setting: Setting) -> Iterator[Callable[[Host, bool], None]]:
-    """Sixteen clients in another process: called with a host, each does one step of its one sample there."""
+def _clients(setting: Setting) -> Iterator[Callable[..., None]]:
+    """Clients in another process: called with a host, each does a step of its one sample there."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_serve_clients, args=(setting, theirs), daemon=True)
     process.start()
     theirs.close()
 
-    def step(host: Host, train: bool) -> None:
-        ours.send((host.port, [host.token(1, client) for client in range(CLIENTS)], train))
+    def step(host: Host, train: bool, count: int = CLIENTS) -> None:
+        ours.send((host.port, [host.token(1, client) for client in range(count)], train))
         if (fault := ours.recv()) is not None:
             raise RuntimeError(fault)
 
@@ -225,21 +224,21 @@ def _clients(setting: Setting) -> Iterator[Callable[[Host, bool], None]]:
 def _serve_clients(setting: Setting, connection: Connection) -> None:
     """Sessions stay open from step to step, as in a round; `train` runs the whole client, else a step made before."""
     torch.set_num_threads(1)
-    clients = {}
+    clients: dict[int, list[_Client]] = {}
     with ExitStack() as stack:
         while True:
             try:
                 port, tokens, train = connection.recv()
             except EOFError:
                 return
-            if port not in clients:
-                clients[port] = [_Client(setting, port, client, token, stack) for client, token in enumerate(tokens)]
-            threads = [threading.Thread(target=one.step, args=(train,)) for one in clients[port]]
+            own = clients.setdefault(port, [])
+            own += [_Client(setting, port, client, tokens[client], stack) for client in range(len(own), len(tokens))]
+            threads = [threading.Thread(target=one.step, args=(train,)) for one in own]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            connection.send(next((one.fault for one in clients[port] if one.fault), None))
+            connection.send(next((one.fault for one in own if one.fault), None))
             ram.give_back()
 
 

@@ -224,6 +224,7 @@ class Host:
                 with self._lock:
                     self._traffic[moved].down_bytes += reply.size_bytes  # what came may have been asked for by now
                 yield from reply
+                del frame, answer, reply  # or each session would hold what came last, until it sends again
         except wire.WireError as error:
             log.warning("client %d sent no valid frame: %s", visit.client, error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")

@@ -128,6 +128,7 @@ class Session:
         try:
             while (frame := wire.decode(chunks, limit_bytes)) is not None:
                 self._inbox.put(frame)
+                del frame  # or it would stay until the next one comes
             self._inbox.put(HostGone(f"the host at {self._address} closed the session"))
         except grpc.RpcError as error:
             self._inbox.put(self._gone(error))
