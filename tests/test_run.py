@@ -443,6 +443,15 @@ def test_state_files_are_whole_or_not_there(tmp_path):
     assert [row["round"] for row in read_rows(tmp_path / "run" / "rounds.jsonl")] == [1]
 
 
+def test_the_last_two_checkpoints_stay_by_their_number(tmp_path):
+    folder = RunFolder(tmp_path / "run", "seed: 0\n", [])
+    for round in (9998, 9999, 10000, 10001):
+        folder.save_checkpoint(round, {"w": torch.full((1,), float(round))}, {})
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    last, state, _ = latest_checkpoint(tmp_path / "run")
+    assert (last, state["w"].item()) == (10001, 10001)
+
+
 def test_overrides_that_cannot_be_are_named_by_the_command_line(capsys):
     from fedmm.cli import main
 

@@ -129,7 +129,8 @@ def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, delta
     torch.testing.assert_close(tuned.get_input_embeddings().weight, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, deltas):  # noqa: F811
+def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, deltas, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("fedmm.runs.folder.KEPT_CHECKPOINTS", 3)
     path = run(backbone, tmp_path / "run", "arm=rolora", "rounds=3")
     assert {round: tuple(sorted(delta)) for (round, _), delta in deltas.items()} == {
         1: ("image.up", "text.up"), 2: ("image.down", "text.down"), 3: ("image.up", "text.up"),
