@@ -111,8 +111,8 @@ def test_a_session_that_waits_holds_nothing_of_what_came(link, monkeypatch):
             seen.append(weakref.ref(frame))
         return frame
 
+    monkeypatch.setattr(wire, "decode", watched)
     with visiting(host) as session:
-        monkeypatch.setattr(wire, "decode", watched)
         assert session.call("echo", {"x": torch.ones(3)}).tensors["x"].tolist() == [1, 1, 1]
         deadline = time.monotonic() + 10
         while any(frame() is not None for frame in seen) and time.monotonic() < deadline:
