@@ -22,7 +22,6 @@ from fedmm import tree
 from fedmm.aggregate import running
 from fedmm.types import State, Update
 
-_TINY = torch.finfo(torch.float32).tiny  # nobody is sure: nothing to divide by, and 0 / 0 is no number
 _NOTHING = 1e-30  # a mean below it is nobody's certainty: divided by it, weights would leave fp32
 
 
@@ -39,8 +38,7 @@ def fisher(
 
     Raises ValueError where an update carries no Fisher: `rule=fisher` needs a method that makes one.
     """
-    mean, sure = tree.zeros_like(current), tree.zeros_like(current)
-    certainty = {name: torch.full_like(tensor, _TINY) for name, tensor in current.items()}
+    mean, surest, certainty = (tree.zeros_like(current) for _ in range(3))
     totals: dict[str, float] = defaultdict(float)  # by tensor, of those who sent it
     for update in updates:
         if update.fisher is None:
@@ -51,11 +49,15 @@ def fisher(
         p = running.share(update, weights)
         for name, delta in running.fitting(current, update).items():
             totals[name] += p
-            c = update.fisher[name] * (p / _size(update.fisher[name], normalise))
-            certainty[name] += c  # these are ours: in place they take a third of the time
-            sure[name].lerp_(delta, c.div_(certainty[name]))
-            mean[name].lerp_(delta, running.part(p, totals[name], delta.dtype))
-    merged = {name: torch.where(certainty[name] > floor * totals[name], sure[name], mean[name]) for name in totals}
+            sure = update.fisher[name]
+            scale = p / _size(sure, normalise)
+            surest[name].addcmul_(delta, sure, value=scale)  # these three are ours: in place, and nothing in between
+            certainty[name].add_(sure, alpha=scale)
+            mean[name].lerp_(delta, float(running.part(p, totals[name], delta.dtype)))
+    merged = {
+        name: torch.where(certainty[name] > floor * total, surest[name] / certainty[name], mean[name])
+        for name, total in totals.items()
+    }
     return tree.moved(current, merged), memory
 
 
