@@ -19,7 +19,8 @@ from fedmm.llm.loading import TINY, twin
 from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
-from fedmm.runs.config import compose, load, make, options
+from fedmm.runs.config import compose, load, options
+from fedmm.runs.targets import make
 from fedmm.stages.captions import Caption, Writer, hub, keep, oracle, own, prepared, training, write
 from fedmm.stages.kept import fingerprint
 

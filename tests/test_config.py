@@ -7,8 +7,9 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from fedmm.runs import config
-from fedmm.runs.config import ConfigError, check, compose, load, options
+from fedmm.runs import config, targets
+from fedmm.runs.config import check, compose, load, options
+from fedmm.runs.settings import ConfigError
 
 CHOICES = [(group, name) for group in config.groups() for name in options(group)]
 
@@ -152,7 +153,7 @@ def test_a_target_is_looked_at_before_it_is_called():
     from omegaconf import OmegaConf
 
     with pytest.raises(ConfigError, match="outside"):
-        config.make(OmegaConf.create({"_target_": "fedmm.aggregate.mean.mean", "weights": {"_target_": "os.getcwd"}}))
+        targets.make(OmegaConf.create({"_target_": "fedmm.aggregate.mean.mean", "weights": {"_target_": "os.getcwd"}}))
 
 
 def test_one_scalar_carries_a_whole_command_line():

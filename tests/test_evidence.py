@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plots, results, sweep
+from fedmm.runs import config, evidence, plots, results, settings, sweep
 from fedmm.types import FedmmError
 
 
@@ -194,7 +194,7 @@ def test_hydra_reads_the_axes():
         "arm": ("fedavg", "local"), "seed": ("0", "1", "2"), "compare": ("[local,fedavg]",),
         "dataset.kinds": ("[sum]", "[read,sum]"),
     }  # fmt: skip
-    with pytest.raises(config.ConfigError, match="cannot be read"):
+    with pytest.raises(settings.ConfigError, match="cannot be read"):
         config.axes(["arm=[fedavg"])
 
 
@@ -244,9 +244,9 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
     assert about["chosen"] == "0.003" and not about["at_the_edge"]
     final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
-    with pytest.raises(config.ConfigError, match="gives one value"):
+    with pytest.raises(settings.ConfigError, match="gives one value"):
         sweep.search("optimizer.lr=1e-3")
-    with pytest.raises(config.ConfigError, match="seed=100 is that of the search"):
+    with pytest.raises(settings.ConfigError, match="seed=100 is that of the search"):
         sweep.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
 
 
@@ -260,7 +260,7 @@ def test_every_scenario_can_be_searched(tmp_path, scenario):
 def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
     from fedmm.flower import server_app
 
-    with pytest.raises(config.ConfigError, match=r"rounds must be at least 0[\s\S]*seed-0.*seed-1"):
+    with pytest.raises(settings.ConfigError, match=r"rounds must be at least 0[\s\S]*seed-0.*seed-1"):
         sweep.run(tmp_path, ["arm=fedavg", "seed=0,1", "rounds=-1"], None, at_once=1, check=server_app.plan, say=print)
     assert not any(tmp_path.iterdir())
     assert main(["sweep", str(tmp_path), "arm=fedavg,nothing"]) == 2
@@ -312,7 +312,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
     known = [row["combination"] for row in json.loads((tmp_path / "tuned.json").read_text())]
     assert known == [["arm=fedavg"], ["arm=local"]], "a later part keeps what an earlier one chose"
-    with pytest.raises(config.ConfigError, match="holds a run with another configuration"):
+    with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
         sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
 
 
@@ -384,7 +384,7 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
 
 
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
-    with pytest.raises(config.ConfigError, match="no compare"):
+    with pytest.raises(settings.ConfigError, match="no compare"):
         sweep.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
-    with pytest.raises(config.ConfigError, match="are both called"):
+    with pytest.raises(settings.ConfigError, match="are both called"):
         sweep.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)

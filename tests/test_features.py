@@ -19,7 +19,7 @@ from fedmm.edge import parts
 from fedmm.edge.base import Connector
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.prepare import collate, content_of, encode, prepare
-from fedmm.runs import build, config, home
+from fedmm.runs import build, config, home, targets
 from fedmm.store import Store
 from fedmm.types import Example
 
@@ -115,7 +115,7 @@ def shown(sizes: Sequence[tuple[int, int]], question: str) -> Example:
 def test_tokens_and_pixels_are_the_processors_own(llava, name):
     model, theirs = llava
     if name == "tiny":
-        backbone = config.make(config.compose().llm)
+        backbone = targets.make(config.compose().llm)
         model, theirs = backbone.model, backbone.processor
     _, processor = parts.build(parts.take(model, theirs))
     examples = [

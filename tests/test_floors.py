@@ -24,7 +24,7 @@ FLOORS = [
 ONLY_IN = {
     "flwr": ("fedmm.flower",),
     "grpc": ("fedmm.llm", "fedmm.bench.bare"),  # bench: the floor that the link is measured against
-    "hydra": ("fedmm.runs.config",),
+    "hydra": ("fedmm.runs.config", "fedmm.runs.targets"),
     "matplotlib": ("fedmm.runs.plots", "fedmm.data"),  # data: the fonts that it carries
     "sklearn": ("fedmm.data",),
     "peft": ("fedmm.edge",),

@@ -19,7 +19,7 @@ from fedmm.data.joined import joined
 from fedmm.data.long_tail import long_tail
 from fedmm.edge.prepare import prepare
 from fedmm.flower.server_app import plan
-from fedmm.runs import config
+from fedmm.runs import config, targets
 
 NAMES = ["zebra", "ant", "moth"]  # not in the order of the alphabet
 TRAIN = [i % 3 for i in range(36)]
@@ -264,9 +264,9 @@ def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, processor, 
     cfg = config.load([f"scenario=feddat_{name}"])
     for dataset in cfg.dataset.of:
         asked_folder(tmp_path / dataset, pair=dataset == "nlvr2")
-    made = config.make(cfg.dataset)()
+    made = targets.make(cfg.dataset)()
     assert cfg.clients == clients == len({example.labels["dataset"] for example in made["train"]})
-    shares = config.make(cfg.partition)(made["train"], clients, seeded())
+    shares = targets.make(cfg.partition)(made["train"], clients, seeded())
     assert [len(part) for part in shares] == [len(ASKED)] * clients
     places = [len(prepare([made["train"][part[0]]], processor, PROMPT)) for part in shares]
     assert places == [1] * clients, "also two images are read by the prompt of all"

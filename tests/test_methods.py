@@ -20,7 +20,7 @@ from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
 from fedmm.methods.sampling import class_balanced
 from fedmm.model import Model
-from fedmm.runs import config
+from fedmm.runs import config, targets
 from fedmm.train import rate_share, train
 from fedmm.types import IGNORE, Step
 
@@ -317,7 +317,7 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
     built, processor = parts.build(parts.take(*llava), sets=tuple(cfg.method.sets), rank=4)
     for one in cfg.method.sets:
         built.reset(seeds.generator(0, "test"), one)
-    schema = config.make(cfg.schema)(2, 2)  # the last round: feddpa's local adapters train in it
+    schema = targets.make(cfg.schema)(2, 2)  # the last round: feddpa's local adapters train in it
     built.freeze_all_but(schema.trains)
     before = {one: built.state(one) for one in cfg.method.sets}
     model, items = Model(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
@@ -325,19 +325,19 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
     out = train(
         model,
         items,
-        config.make(cfg.method.step),
+        targets.make(cfg.method.step),
         make_optimizer=SGD,
         anchor=anchor,
         seed=0,
         round=2,
         rounds=2,
         client=0,
-        begin=config.make(cfg.method.begin),
+        begin=targets.make(cfg.method.begin),
     )
     for one in cfg.method.sets:
         moved = {key for key, tensor in built.state(one).items() if not torch.equal(before[one][key], tensor)}
         assert bool(moved) == any(fits(f"{one}.{key}", schema.trains) for key in before[one])
     if cfg.method.fisher:
-        found = config.make(cfg.method.fisher)(model, items, out.last)
+        found = targets.make(cfg.method.fisher)(model, items, out.last)
         assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in anchor.items()}
         assert all((tensor >= 0).all() for tensor in found.values())

@@ -16,7 +16,7 @@ from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
-from fedmm.runs import config
+from fedmm.runs import config, targets
 
 
 def load(folder):
@@ -49,11 +49,11 @@ def test_remote_equals_local(llava, local_llm, edge, items, loss_at, encoding, c
 def test_the_embedded_backbone_keeps_parity_too():
     """As it ships, on its own data, in a batch as training has it."""
     cfg = config.compose()
-    backbone = config.make(cfg.llm)
+    backbone = targets.make(cfg.llm)
     frozen = (backbone.model, backbone.processor)
     built, processor = parts.build(parts.take(*frozen), rank=4)
     built.reset(seeds.generator(0, "test"))
-    examples = config.make(cfg.dataset)(train=32, validation=0, test=0)["train"]
+    examples = targets.make(cfg.dataset)(train=32, validation=0, test=0)["train"]
     batch, llm = collate(prepare(examples, processor, backbone.prompt)), LocalLLM(backbone.model)
     loss = Model(built, llm).answer_loss(batch)
     loss.backward()
@@ -70,10 +70,10 @@ def test_the_embedded_backbone_keeps_parity_too():
 def tasks():
     """The embedded backbone with an edge that has left its start, and ten questions, two of them about two images."""
     cfg = config.compose(["scenario=task"])
-    backbone = config.make(cfg.llm)
+    backbone = targets.make(cfg.llm)
     built, processor = parts.build(parts.take(backbone.model, backbone.processor), rank=4)
     built.reset(seeds.generator(0, "test"))
-    examples = config.make(cfg.dataset)(train=10, validation=0, test=0)["train"]
+    examples = targets.make(cfg.dataset)(train=10, validation=0, test=0)["train"]
     return backbone, built, examples, encode(built, prepare(examples, processor, backbone.prompt))
 
 

@@ -14,7 +14,7 @@ from fedmm.aggregate.gathered import Gathered
 from fedmm.aggregate.mean import mean
 from fedmm.aggregate.norm_clip import norm_clip
 from fedmm.edge.adapters import cut
-from fedmm.runs import config
+from fedmm.runs import config, targets
 from fedmm.runs.folder import RunFolder, latest_checkpoint
 from fedmm.types import Update
 
@@ -22,7 +22,7 @@ RULES = config.options("rule")
 
 
 def rule_of(name):
-    return config.make(config.compose([f"rule={name}"]).rule)
+    return targets.make(config.compose([f"rule={name}"]).rule)
 
 
 def gathers(name):

@@ -27,8 +27,9 @@ from fedmm.llm.host import Host
 from fedmm.model import Model
 from fedmm.runs import client as client_side
 from fedmm.runs import evidence, home, summary
-from fedmm.runs.config import ConfigError, load, quoted
+from fedmm.runs.config import load, quoted
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
+from fedmm.runs.settings import ConfigError
 from fedmm.types import FedmmError
 
 SMALL = ["rounds=2", "clients=3", "batch_size=8", "edge.rank=4", "partition=iid"]

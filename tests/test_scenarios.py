@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedmm.flower import server_app
-from fedmm.runs import config
+from fedmm.runs import config, settings
 from fedmm.runs.build import partition, splits
 
 SPLITS = ("train", "test")
@@ -89,7 +89,7 @@ def test_what_cannot_be_divided_is_refused_before_anything_starts(overrides, say
 
 def test_every_mistake_of_every_arm_is_told_at_once(tmp_path):
     asked = ["scenario=domain", "clients=6", "arm=krum", "rule.byzantine=2", "compare=[flora,nonsense]", "edge.rank=8"]
-    with pytest.raises(config.ConfigError) as told:
+    with pytest.raises(settings.ConfigError) as told:
         server_app.plan([*asked, f"run.dir={tmp_path / 'run'}", "dataset.train=70", "dataset.test=70"])
     for says in (
         "rule.byzantine=2 needs at least 7 clients",
@@ -99,7 +99,7 @@ def test_every_mistake_of_every_arm_is_told_at_once(tmp_path):
     ):
         assert str(told.value).count(says) == 1
     with pytest.raises(
-        config.ConfigError, match=r"^clients must be at least 1, got -1\ndataset.train must be int, got 'oops'$"
+        settings.ConfigError, match=r"^clients must be at least 1, got -1\ndataset.train must be int, got 'oops'$"
     ):
         server_app.plan(["clients=-1", "dataset.train=oops"])
 

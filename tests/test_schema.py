@@ -21,7 +21,7 @@ from fedmm.methods.feddpa import schema as feddpa_schema
 from fedmm.methods.lora import lora
 from fedmm.model import Model
 from fedmm.runs import client as client_side
-from fedmm.runs import config, home, summary
+from fedmm.runs import config, derived, home, summary, targets
 from fedmm.runs.export import export
 from fedmm.train import train
 from fedmm.types import State, Step
@@ -33,7 +33,7 @@ SCHEMAS = sorted({*config.options("schema")} - {"creff"})  # which is of a class
 
 
 def schema_of(name: str) -> AnySchema:
-    return config.make(config.compose([f"schema={name}", *(["arm=feddpa"] if name == "feddpa" else [])]).schema)
+    return targets.make(config.compose([f"schema={name}", *(["arm=feddpa"] if name == "feddpa" else [])]).schema)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -62,7 +62,7 @@ def test_what_each_sends_and_holds():
 
 
 def test_who_has_a_model_of_its_own():
-    personal = {arm: config.personal(config.compose([f"arm={arm}"])) for arm in config.options("arm")}
+    personal = {arm: derived.personal(config.compose([f"arm={arm}"])) for arm in config.options("arm")}
     assert {arm for arm, own in personal.items() if own} == {"local", "feddat", "feddat_llm", "fedsa_lora", "feddpa"}
 
 

@@ -20,7 +20,7 @@ from fedmm.flower.server_app import plan
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
 from fedmm.runs import client as client_side
-from fedmm.runs import config
+from fedmm.runs import config, targets
 from fedmm.runs.export import export
 from fedmm.runs.folder import latest_checkpoint, read_rows
 from fedmm.runs.stages import _common, _NotesAt
@@ -97,7 +97,7 @@ def test_both_schedules_rise_from_the_teacher_to_the_compact_encoder():
     [("resnet8", 96, 6, 469_824), ("resnet50", 1024, 24, 303_507_456)],  # the embedded tower, CLIP-L/336
 )
 def test_a_compact_encoder_is_at_most_a_quarter_of_its_teacher(name, width, grid, teacher):
-    built = compact.Compact(config.make(config.compose([f"compact={name}"]).compact), grid, width)
+    built = compact.Compact(targets.make(config.compose([f"compact={name}"]).compact), grid, width)
     assert sum(parameter.numel() for parameter in built.parameters()) <= teacher / 4
 
 

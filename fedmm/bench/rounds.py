@@ -24,9 +24,10 @@ from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.rounds import find_clients, run_arm
 from fedmm.model import Model
 from fedmm.runs.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
-from fedmm.runs.config import load, make
+from fedmm.runs.config import load
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
+from fedmm.runs.targets import make
 from fedmm.store import Store
 from fedmm.train import train
 

@@ -32,10 +32,11 @@ from fedmm.llm.tls import Authority
 from fedmm.runs import home, summary
 from fedmm.runs.build import Whole, class_counts, for_arm, server_edge, server_state, state_for, update_of
 from fedmm.runs.client import Order, Report
-from fedmm.runs.config import encrypted, make, per_round, scale
+from fedmm.runs.derived import encrypted, per_round, scale
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config
 from fedmm.runs.stages import Alignment, pretrained
+from fedmm.runs.targets import make
 from fedmm.store import Store
 from fedmm.types import FedmmError, State
 

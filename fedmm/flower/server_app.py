@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import OmegaConf
 
 from fedmm.flower.rounds import find_clients, run_arm
-from fedmm.runs import config, report
+from fedmm.runs import config, report, settings
 from fedmm.runs.build import Whole, partition, splits, whole
 from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.runs.settings import Config
@@ -57,7 +57,7 @@ def plan(overrides: list[str]) -> list[Arm]:
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         mistakes[f"two arms are called {twice[0]}; set label=... or take one out of compare"] = None
     if mistakes:
-        raise config.ConfigError("\n".join(mistakes))
+        raise settings.ConfigError("\n".join(mistakes))
     return arms
 
 

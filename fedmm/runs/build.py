@@ -29,8 +29,9 @@ from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs import home
-from fedmm.runs.config import make, own_rank
+from fedmm.runs.derived import own_rank
 from fedmm.runs.settings import Config
+from fedmm.runs.targets import make
 from fedmm.store import Store
 from fedmm.types import Example, State
 

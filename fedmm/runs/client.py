@@ -38,8 +38,10 @@ from fedmm.runs.build import (
     splits,
     whole,
 )
-from fedmm.runs.config import kept, load, make, scale
+from fedmm.runs.config import load
+from fedmm.runs.derived import kept, scale
 from fedmm.runs.settings import Config
+from fedmm.runs.targets import make
 from fedmm.train import train
 from fedmm.types import State, Update
 

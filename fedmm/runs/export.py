@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.folding import fold
-from fedmm.runs import config
+from fedmm.runs import derived, targets
 from fedmm.runs.build import Whole, initial_state, local_model
 from fedmm.runs.folder import latest_checkpoint
 
@@ -26,7 +26,7 @@ def export(run: Path, into: Path) -> int:
     if cfg is None or found is None:
         raise ValueError(f"{run} holds no checkpoint; name the folder of a run that has finished a round")
     round, state, _ = found
-    if own := [name for name in config.kept(cfg) if name.startswith("shared.")]:
+    if own := [name for name in derived.kept(cfg) if name.startswith("shared.")]:
         raise ValueError(f"with {cfg.label} every client keeps its own {own[0]!r}: no one model is there to export")
     if not state:
         raise ValueError(f"{run} has no shared adapters: with {cfg.label} every client keeps its own")
@@ -35,12 +35,12 @@ def export(run: Path, into: Path) -> int:
             f"{run} has clients with a compact network of their own, which is no part of a Hugging Face LLaVA; its "
             "values are in checkpoints/"
         )
-    backbone = config.make(cfg.llm)
+    backbone = targets.make(cfg.llm)
     held = Whole(backbone, edge_parts.take(backbone.model, backbone.processor), {})
     start = initial_state(cfg, local_model(cfg, held)[0].edge, "shared")  # what never travelled is at its start
-    in_edge, in_llm = config.scale(cfg.edge.lora), config.scale(cfg.get("inner") or {})
+    in_edge, in_llm = derived.scale(cfg.edge.lora), derived.scale(cfg.get("inner") or {})
     in_layers = {"encoder": in_edge, "connector": in_edge, "llm": in_llm}
-    fold(backbone.model, start | state, config.scale(cfg.edge), in_layers)
+    fold(backbone.model, start | state, derived.scale(cfg.edge), in_layers)
     backbone.model.save_pretrained(into)
     backbone.processor.save_pretrained(into)
     return round

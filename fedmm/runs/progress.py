@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmm.runs import evidence, summary
-from fedmm.runs.config import per_round
+from fedmm.runs.derived import per_round
 from fedmm.runs.folder import read_rows
 
 POLL_SECONDS = 0.25

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class ConfigError(ValueError):
+    """The overrides ask for something that is not there or cannot be; the message lists every mistake."""
+
+
 @dataclass
 class MethodConfig:
     sets: list[str] = field(default_factory=lambda: ["shared"])

@@ -36,9 +36,9 @@ from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.runs import home
 from fedmm.runs.build import Whole, cached_encoder, initial_state, server_model, splits
-from fedmm.runs.config import make
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.runs.settings import Config
+from fedmm.runs.targets import make
 from fedmm.stages.align import Aligned, Teacher, tuned
 from fedmm.stages.captions import prepared_files
 from fedmm.stages.kept import fingerprint

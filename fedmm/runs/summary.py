@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from fedmm.evaluate.answers import Answer
 from fedmm.evaluate.groups import group, tally
 from fedmm.runs import home
-from fedmm.runs.config import personal
+from fedmm.runs.derived import personal
 from fedmm.runs.folder import read_rows
 
 CLASSES = "classes.json"

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import config, evidence, home
+from fedmm.runs import config, evidence, home, settings
 from fedmm.runs.folder import alone
 from fedmm.types import FedmmError
 
@@ -75,7 +75,7 @@ def search(text: str | None) -> Search | None:
         return None
     ((key, values),) = config.axes([text]).items()
     if len(values) < 2:
-        raise config.ConfigError(f"--tune {text} gives one value; name two or more, as in optimizer.lr=3e-3,6e-3")
+        raise settings.ConfigError(f"--tune {text} gives one value; name two or more, as in optimizer.lr=3e-3,6e-3")
     return Search(key, values)
 
 
@@ -87,7 +87,7 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
     """
     found = config.axes(overrides)
     if "compare" in found:
-        raise config.ConfigError("a sweep takes arms as values, arm=fedavg,local, and no compare=...")
+        raise settings.ConfigError("a sweep takes arms as values, arm=fedavg,local, and no compare=...")
     several = _several(found)
     made = []
     for pairs in _combinations(found):
@@ -110,7 +110,9 @@ def trials(
     values of combinations whose search has gone on."""
     found = config.axes(overrides)
     if str(tuned.seed) in found.pop("seed", ()):
-        raise config.ConfigError(f"seed={tuned.seed} is that of the search, and is used for nothing else; take another")
+        raise settings.ConfigError(
+            f"seed={tuned.seed} is that of the search, and is used for nothing else; take another"
+        )
     several = _several(found)
     made = {}
     for pairs in _combinations(found):
@@ -163,7 +165,7 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     FedmmError at the end where runs failed; the others are then done.
     """
     if "=" in path.name or (path / "config.yaml").exists():
-        raise config.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
+        raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
     tune_jobs = [job for tried in cells.values() for job in tried.values()]
     final = jobs(path / "runs", overrides)
@@ -258,7 +260,7 @@ def _check(asked: Sequence[Job], check: Callable[[list[str]], Any]) -> None:
             mistakes.setdefault(str(error), []).append(job.name)
     if mistakes:
         lines = (f"{message}\n  ({_some(names)})" for message, names in mistakes.items())
-        raise config.ConfigError("\n".join(lines))
+        raise settings.ConfigError("\n".join(lines))
 
 
 def _told_apart(planned: Sequence[Job]) -> list[str]:
@@ -267,7 +269,7 @@ def _told_apart(planned: Sequence[Job]) -> list[str]:
     for job in planned:
         cfg = config.compose(job.overrides)
         if other := seen.get(row := (cfg.data, cfg.label, cfg.seed)):
-            raise config.ConfigError(
+            raise settings.ConfigError(
                 f"{other} and {job.name} are both called {cfg.label!r}; take method=... and rule=... instead of arms, "
                 "or a sweep for each with its label=..."
             )

@@ -1,0 +1,67 @@
+"""What follows from a configuration without being one of its settings, asked for in more than one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedmm.edge import schema as schemas
+from fedmm.edge.base import KINDS
+from fedmm.runs.settings import Config, LinkConfig
+from fedmm.runs.targets import make
+from fedmm.types import State
+
+
+def encrypted(link: LinkConfig) -> bool:
+    """Whether the link is TLS: tensors of a run may cross a network in the clear only where that was asked for."""
+    if link.tls != "auto":
+        return link.tls == "always"
+    return not all(map(is_loopback, filter(None, (link.bind, link.address))))
+
+
+def is_loopback(address: str) -> bool:
+    host = address.rsplit(":", 1)[0]
+    return host in ("localhost", "[::1]") or host.startswith("127.")
+
+
+def per_round(cfg: Any) -> int:
+    """How many clients train in a round."""
+    return min(cfg.clients_per_round or cfg.clients, 1 if cfg.pooled else cfg.clients)
+
+
+def own_rank(cfg: Config, client: int) -> int:
+    """The rank of a client's NanoAdapters."""
+    return cfg.edge.ranks[client % len(cfg.edge.ranks)] if cfg.edge.ranks else cfg.edge.rank
+
+
+def personal(cfg: Any) -> bool:
+    """Whether each client ends with a model of its own: it keeps something that acts."""
+    acting = {"shared" if name == "frozen" else name for name in cfg.method.use}
+    return any(name.split(".")[0] in acting for name in kept(cfg))
+
+
+def kept(cfg: Any) -> list[str]:
+    """What clients train and never send, with its set in front."""
+    names = [f"{name}.{key}" for name in cfg.method.sets for key in zeros(cfg)]
+    schema = make(cfg.get("schema")) or schemas.everything  # of a run from before there were schemas
+    return schemas.kept(schema, cfg.rounds, names)
+
+
+def zeros(cfg: Any) -> State:
+    """A set of adapters with the names and ranks of this run's, one wide; one inside edge or LLM stands for all."""
+    R, r, inner = max(cfg.edge.rank, 0), max(cfg.edge.lora.rank, 0), (cfg.get("inner") or {}).get("rank", 0)
+    if cfg.get("head") == "classes":
+        beside = {"retrained.weight": (1, 1), "retrained.bias": (1,), "gradients": (1, 1, 2)}
+        network = {"trunk.weight": (1, 1, 1, 1), "head.weight": (1, 1), "head.bias": (1,)}
+        return {n: torch.zeros(s) for n, s in (network | (beside if cfg.method.retrained else {})).items()}
+    factors = {f"{kind}.down": (R, 1) for kind in KINDS} | {f"{kind}.up": (1, R) for kind in KINDS} if R else {}
+    factors |= {"encoder.lora_A": (r, 1), "encoder.lora_B": (1, r)} if r else {}
+    a, b = ("bottleneck_down", "bottleneck_up") if "alpha" not in (cfg.get("inner") or {}) else ("lora_A", "lora_B")
+    factors |= {f"llm.{a}": (inner, 1), f"llm.{b}": (1, inner)} if inner else {}
+    return {name: torch.zeros(shape) for name, shape in factors.items()}
+
+
+def scale(adapters: Any) -> float:
+    """alpha / r of a node of adapters; 0 where it has none."""
+    return float(adapters.get("alpha", 0.0) / adapters["rank"]) if adapters.get("rank") else 0.0
