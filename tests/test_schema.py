@@ -115,6 +115,11 @@ def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, delta
     path = run(backbone, tmp_path / "run", "arm=ffa_lora", "optimizer.lr=0.05")
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.up", "text.up")}
     assert all(set(state) == {"image.up", "text.up"} for state in states(path))
+    exact, median = (
+        rounds(p)[0]["product_error"] for p in (path, run(backbone, tmp_path / "median", "arm=ffa_lora", "rule=median"))
+    )
+    assert exact.keys() == median.keys() == {"image", "text"}, "by the A that everybody has"
+    assert max(exact.values()) < 1e-6 < 0.01 < min(median.values())
     from transformers import LlavaForConditionalGeneration
 
     export(path, tmp_path / "tuned")

@@ -30,7 +30,16 @@ from fedmm.llm.host import Host, Traffic
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.tls import Authority
 from fedmm.runs import home, summary
-from fedmm.runs.build import Whole, class_counts, for_arm, server_edge, server_state, state_for, update_of
+from fedmm.runs.build import (
+    Whole,
+    class_counts,
+    for_arm,
+    server_edge,
+    server_state,
+    state_for,
+    untouched,
+    update_of,
+)
 from fedmm.runs.client import Order, Report
 from fedmm.runs.derived import encrypted, per_round, scale
 from fedmm.runs.folder import RunFolder
@@ -95,7 +104,8 @@ def run_arm(
     compact = pretrained(cfg, whole, folder)
     held = for_arm(cfg, whole, compact)
     backbone, parts, card = held.backbone, held.parts, held.card
-    first = server_state(cfg, server_edge(cfg, held), compact)
+    edge = server_edge(cfg, held)
+    first, common = server_state(cfg, edge, compact), untouched(cfg, edge)
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = resumed or (0, first, {})
     if cfg.evaluate.groups:
@@ -128,7 +138,7 @@ def run_arm(
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         deadline_seconds=cfg.link.deadline_seconds,
     ) as host:
-        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host, align)
+        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host, align, common)
         rule = make(cfg.rule)
         if align and not cfg.rounds and not resumed:  # the stages at the server alone
             current = align(0, current)
@@ -152,9 +162,10 @@ class _Arm:
         folder: RunFolder,
         host: Host,
         align: Alignment | None,
+        common: State,
     ) -> None:
         self.grid, self.nodes, self.cfg, self.overrides = grid, nodes, cfg, overrides
-        self.folder, self.host, self.align = folder, host, align
+        self.folder, self.host, self.align, self.common = folder, host, align, common
         self.scale = scale(cfg.edge)
         self.everybody = [0] if cfg.pooled else list(range(cfg.clients))
         self.took_part = {c: row["round"] for row in folder.rows("rounds.jsonl") for c in row["clients"]}
@@ -211,7 +222,9 @@ class _Arm:
         """How far each pair's product is from the mean of the clients', less those that `fault` makes send garbage;
         None where that is too much work to tell."""
         honest = [client for client in arrived if not self.cfg.fault or client not in self.cfg.faulty]
+        merged, before = self.common | merged, self.common | before
         if lowrank.error_cost(before, len(honest)) > ERROR_COST_LIMIT:
+            log.warning("round %d: the rule's product error is not told: %d clients are too many", round, len(honest))
             return None
         weights = self.cfg.rule.get("weights", "examples")
         found = lowrank.product_error(

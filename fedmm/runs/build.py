@@ -109,6 +109,16 @@ def server_state(cfg: Config, edge: Edge, compact: State | None = None) -> State
     return {name: state[name] for name in schemas.sent(make(cfg.schema), cfg.rounds, state)}
 
 
+def untouched(cfg: Config, edge: Edge) -> State:
+    """What of the shared set nobody trains or sends, such as the A of FFA-LoRA: at the common start with everybody."""
+    if "shared" not in cfg.method.sets:
+        return {}
+    state, schema = initial_state(cfg, edge, "shared"), make(cfg.schema)
+    stay = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in state])
+    moved = {*schemas.sent(schema, cfg.rounds, state), *(name.removeprefix("shared.") for name in stay)}
+    return {name: tensor for name, tensor in state.items() if name not in moved}
+
+
 def state_for(cfg: Config, client: int, current: State) -> State:
     """What of the server's state a client gets: at the client's rank."""
     return cut(current, own_rank(cfg, client))
