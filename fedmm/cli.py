@@ -134,13 +134,13 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
 
 
 def _compare(dirs: list[Path], against: str | None, into: Path | None) -> int:
-    from fedmm.runs import evidence, results
+    from fedmm.runs import evidence, results, table
 
     asked = [*(["--into", str(into)] if into else []), *(["--against", against] if against else [])]
     command = shlex.join(["fedmm", "compare", *map(str, dirs), *asked])
     try:
         rows = evidence.rows(results.runs_of(dirs))
-        print(evidence.markdown(rows, evidence.columns(against, rows)))
+        print(table.markdown(rows, table.columns(against, rows)))
         if into:
             print(results.write(into, rows, against, command, dirs))
     except ValueError as error:

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plots, results, settings, sweep
+from fedmm.runs import config, evidence, plots, results, settings, sweep, table
 from fedmm.types import FedmmError
 
 
@@ -41,13 +41,13 @@ def runs(tmp_path) -> list[Path]:
 
 
 def cell(rows: list[evidence.Row], label: str, heading: str, against: str = "FedAvg") -> str:
-    shown = evidence.columns(against, rows)
+    shown = table.columns(against, rows)
     at = [column.heading for column in shown].index(heading)
-    return next(line for line in evidence.cells(rows, shown) if line[0] == label)[at]
+    return next(line for line in table.cells(rows, shown) if line[0] == label)[at]
 
 
 def page(rows: list[evidence.Row]) -> str:
-    return evidence.markdown(rows, evidence.columns("FedAvg", rows))
+    return table.markdown(rows, table.columns("FedAvg", rows))
 
 
 def test_figures_by_hand(runs):
@@ -92,19 +92,19 @@ def test_kinds_of_data_stand_apart(runs, tmp_path):
     rows = evidence.rows([*runs, other])
     text = page(rows)
     assert text.index("### domain") < text.index("### function")
-    shown = evidence.columns("FedAvg", rows)
+    shown = table.columns("FedAvg", rows)
     at = [column.heading for column in shown].index("own - local")
-    assert evidence.cells(rows, shown)[-1][at] == "–", "no local on that data"
+    assert table.cells(rows, shown)[-1][at] == "–", "no local on that data"
     assert plots.png(plots.comparison(rows)).startswith(b"\x89PNG")
 
 
 def test_columns_stand_where_they_say_something_and_the_page_says_what(runs):
     alone, nobody = evidence.rows(runs), evidence.rows([run for run in runs if "local" not in run.name])
     for heading in ("own - local", "clients better off"):
-        assert heading in [column.heading for column in evidence.columns(None, alone)]
-        assert heading not in [column.heading for column in evidence.columns(None, nobody)]
-    assert "*clients better off* clients times seeds" in evidence.reading(evidence.columns(None, alone))
-    assert "better off" not in evidence.reading(evidence.columns(None, nobody))
+        assert heading in [column.heading for column in table.columns(None, alone)]
+        assert heading not in [column.heading for column in table.columns(None, nobody)]
+    assert "*clients better off* clients times seeds" in table.reading(table.columns(None, alone))
+    assert "better off" not in table.reading(table.columns(None, nobody))
 
 
 def test_compare_writes_a_page(runs, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
 
 def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
     bare = evidence.rows(runs)
-    assert not {"many %", "medium %", "few %"} & {column.heading for column in evidence.columns("FedAvg", bare)}
+    assert not {"many %", "medium %", "few %"} & {column.heading for column in table.columns("FedAvg", bare)}
     assert "few %" not in page(bare)
     made = []
     for seed, few in enumerate((2, 4, 6)):
@@ -132,9 +132,9 @@ def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
     half = 100 * 4.302653 * 0.2 / 3**0.5
     assert cell(rows, "X", "few %") == f"40.0 ± {half:.1f}" and cell(rows, "X", "many %") == "90.0 ± 0.0"
     assert cell(rows, "FedAvg", "few %") == "–"
-    headings = [column.heading for column in evidence.columns("FedAvg", rows)]
+    headings = [column.heading for column in table.columns("FedAvg", rows)]
     assert headings[3:7] == ["worst client %", "many %", "few %", "spread"], "nobody was asked about medium classes"
-    assert [column.heading for column in evidence.short_columns(rows)][3:6] == headings[3:6]
+    assert [column.heading for column in table.short_columns(rows)][3:6] == headings[3:6]
 
 
 def test_an_arm_named_after_another_is_set_against_it(tmp_path):
@@ -166,7 +166,7 @@ def test_what_arms_were_given_stands_there_where_it_differs(tmp_path):
     made = [write_arm(tmp_path / f"{n}", label, 0, {"0": 0.5}, rounds=n) for label, n in (("FedAvg", 8), ("long", 32))]
     heading = "rounds x epochs x batch"
     assert cell(evidence.rows(made), "long", heading) == "32 x – x –"
-    assert heading not in [column.heading for column in evidence.columns(None, evidence.rows(made[:1]))]
+    assert heading not in [column.heading for column in table.columns(None, evidence.rows(made[:1]))]
 
 
 def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path):
@@ -379,8 +379,8 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0 ¹"
         assert cell(rows, f"local, edge.rank={rank}", "own - FedAvg") == "-10.0 ¹"
     assert evidence.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
-    table = evidence.by_client(rows).splitlines()
-    assert table[2] == "| domain | FedAvg, edge.rank=4 | +10.0 ¹ |"
+    gains = table.by_client(rows).splitlines()
+    assert gains[2] == "| domain | FedAvg, edge.rank=4 | +10.0 ¹ |"
 
 
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import build, config, evidence, plots, progress, report, summary
+from fedmm.runs import build, config, evidence, plots, progress, report, summary, table
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.progress import watch
 
@@ -146,7 +146,7 @@ def test_a_page_that_fetches_would_be_seen():
 def test_the_table_is_the_one_of_the_run(run, html):
     text = Page(html).text
     arms = evidence.rows([run])
-    rows = evidence.cells(arms, evidence.short_columns(arms))
+    rows = table.cells(arms, table.short_columns(arms))
     assert [row[0] for row in rows] == ["zero-shot", "FedAvg", "FedNano"]
     for row in rows:
         for cell in row:
@@ -315,7 +315,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
     assert code == 0
     assert out.splitlines()[-1] == str(finished / "report.html")
     rows = evidence.rows([finished])
-    for cell in evidence.cells(rows, evidence.short_columns(rows))[-1]:
+    for cell in table.cells(rows, table.short_columns(rows))[-1]:
         assert cell in out
     assert max(map(len, out[out.rindex("finished: test") :].splitlines()[1:-1])) <= 80
     assert "[1/2] FedNano round 3/3  loss 1.500" in out and "[2/2] FedAvg round 1/3" in out
@@ -325,7 +325,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
 def test_a_table_that_is_too_wide_loses_columns_and_no_word_is_broken(finished):
     rows = evidence.rows([finished])
     whole, narrow = (progress._arms_table(finished, width) for width in (200, 45))
-    assert [column.header for column in whole.columns] == [column.heading for column in evidence.short_columns(rows)]
+    assert [column.header for column in whole.columns] == [column.heading for column in table.short_columns(rows)]
     assert 2 <= len(narrow.columns) < len(whole.columns)
     out = io.StringIO()
     Console(file=out, width=45, color_system=None).print(narrow)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, results, sweep
+from fedmm.runs import config, evidence, results, sweep, table
 
 ASKED = [
     "arm=fedavg,local", "rounds=1", "clients=2", "batch_size=8", "edge.rank=4", "partition=iid",
@@ -31,7 +31,7 @@ def test_a_killed_sweep_goes_on_and_its_table_is_the_same(tmp_path, monkeypatch)
     assert len(done) == 1, "killed half way"
     sweep_to_its_end(killed)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "what was done is not repeated"
-    assert table(killed) == table(whole)
+    assert shown(killed) == shown(whole)
     assert (killed / "results.md").exists() and (killed / "results.png").exists()
 
 
@@ -53,11 +53,11 @@ def wait_for_summaries(path: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def table(path: Path) -> list[tuple[str, ...]]:
+def shown(path: Path) -> list[tuple[str, ...]]:
     """All but seconds and bytes, which tell of the attempts too."""
     rows = evidence.rows(results.runs_of([path]))
-    shown = [column for column in evidence.columns("FedAvg", rows) if column.heading in TABLE]
-    return evidence.cells(rows, shown)
+    shown = [column for column in table.columns("FedAvg", rows) if column.heading in TABLE]
+    return table.cells(rows, shown)
 
 
 def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmm.runs import evidence, summary
+from fedmm.runs import evidence, summary, table
 from fedmm.runs.derived import per_round
 from fedmm.runs.folder import read_rows
 
@@ -368,8 +368,8 @@ def _where(state: _Watched) -> str:
 def _arms_table(run: Path, width: int) -> Table:
     """What fits into so many characters, without a word broken; the report has the rest."""
     rows = evidence.rows([run])
-    shown = evidence.short_columns(rows)
-    cells = evidence.cells(rows, shown)
+    shown = table.short_columns(rows)
+    cells = table.cells(rows, shown)
     under = [(column.heading, *of) for column, *of in zip(shown, *cells, strict=True)]
     widths = [max(map(len, texts)) for texts in under]
     if sum(widths) + GAP * len(widths) > width:  # headings in several lines

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import evidence, home, plots, summary
+from fedmm.runs import evidence, home, plots, summary, table
 from fedmm.runs.build import splits
 from fedmm.runs.folder import read_rows
 from fedmm.runs.page import CHANNELS, PAGE
@@ -62,7 +62,7 @@ def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) ->
     cfg: Any = OmegaConf.load(run / "config.yaml")
     arms = [_arm(folder) for folder in summary.arm_folders(run)]
     rows = evidence.rows([run])
-    shown = evidence.short_columns(rows)
+    shown = table.short_columns(rows)
     return environment.from_string(PAGE).render(
         cfg=cfg,
         arms=arms,
@@ -155,9 +155,9 @@ def _chance(arm: Mapping[str, Any]) -> float | None:
     return None if share in (None, 0, 1) else 1.96 * math.sqrt(share * (1 - share) / questions)
 
 
-def _table(rows: Sequence[evidence.Row], shown: Sequence[evidence.Column]) -> list[dict[str, Any]]:
+def _table(rows: Sequence[evidence.Row], shown: Sequence[table.Column]) -> list[dict[str, Any]]:
     """The cells of the table of arms, with the share that draws the bar behind the accuracy."""
-    found = evidence.cells(rows, shown)
+    found = table.cells(rows, shown)
     return [{"cells": c, "share": evidence.mean(row.overall().values())} for c, row in zip(found, rows, strict=True)]
 
 

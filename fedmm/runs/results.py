@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import evidence, home, plots, summary
+from fedmm.runs import evidence, home, plots, summary, table
 
 COMMANDS = "commands.json"  # in a sweep's folder
 
@@ -45,16 +45,16 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
     were made and what they have chosen."""
     tuned = [sweep / "tuned.json" for sweep in sweeps]
     made = {command: _now()} | {asked: when for sweep in sweeps for asked, when in _noted(sweep).items()}
-    picture, shown = into.with_suffix(".png"), evidence.columns(against, rows)
+    picture, shown = into.with_suffix(".png"), table.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
         "\n".join(f"- `{asked}`, {when}." for asked, when in made.items()),
-        evidence.reading(shown),
-        evidence.markdown(rows, shown),
+        table.reading(shown),
+        table.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]
-    if gains := evidence.by_client(rows):
+    if gains := table.by_client(rows):
         parts += [
             "## Is it worth joining?",
             "Points of own accuracy above the client alone, mean over seeds and 95% interval, paired by seed.",
