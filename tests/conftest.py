@@ -21,12 +21,15 @@ from fedmm.llm.features import Features
 from fedmm.llm.host import Host
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import Session
+from fedmm.runs.folder import read_rows
 from fedmm.store import Store
 from fedmm.types import Batch, Example, Update
 
 torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
 
 PROMPT = "<image> {question}"
+SMALL = ["rounds=2", "clients=3", "batch_size=8", "edge.rank=4", "partition=iid"]
+DATA = ["dataset.train=36", "dataset.validation=9", "dataset.test=12"]
 WORDS = [
     "<pad>",
     "<s>",
@@ -134,6 +137,25 @@ def edge(llava) -> NanoEdge:
     return built
 
 
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """What processes keep between runs, a test keeps to itself."""
+    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> list[str]:
+    """The overrides that put a small random LLaVA in the place of LLaVA-1.5-7B, through the same yaml and loader."""
+    path = small_llava(tmp_path_factory.mktemp("backbone"), image_size=48)
+    return [
+        "llm=llava_1_5_7b",
+        f"llm.path={path}",
+        "llm.dtype=float32",
+        "llm.device=cpu",
+        r'llm.prompt="<image> {question}"',
+    ]
+
+
 def some_examples(count: int = 3, image_size: int = 16) -> list[Example]:
     """Noise with questions of different lengths and answers of one or two words."""
     pixels = np.random.default_rng(0).integers(0, 255, (count, image_size, image_size, 3), dtype=np.uint8)
@@ -179,6 +201,19 @@ def gradients(edge: NanoEdge) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in edge.trainable("shared").items() if p.grad is not None}
     edge.zero_grad()
     return found
+
+
+def run(backbone, folder: Path, *overrides: str) -> Path:
+    """A whole run in this process, small enough for a test."""
+    from fedmm.flower import inprocess
+    from fedmm.flower.server_app import plan
+
+    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, f"run.dir={folder}"]
+    return inprocess.run(plan(asked))
+
+
+def rounds(path: Path) -> list[dict]:
+    return read_rows(path / "rounds.jsonl")
 
 
 class CountingProxy:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT, CountingProxy, some_examples
+from conftest import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
 
 from fedmm import tree
 from fedmm.edge.prepare import collate, prepare
@@ -32,39 +32,8 @@ from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
 from fedmm.runs.settings import ConfigError
 from fedmm.types import FedmmError
 
-SMALL = ["rounds=2", "clients=3", "batch_size=8", "edge.rank=4", "partition=iid"]
-DATA = ["dataset.train=36", "dataset.validation=9", "dataset.test=12"]
 NANO = ["image.down", "image.up", "text.down", "text.up"]
 BOTTLENECKS = [f"llm.layers.{i}.mlp.bottleneck_{factor}" for i in range(2) for factor in ("down", "up")]
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> list[str]:
-    """The overrides that put a small random LLaVA in the place of LLaVA-1.5-7B, through the same yaml and loader."""
-    from conftest import small_llava
-
-    path = small_llava(tmp_path_factory.mktemp("backbone"), image_size=48)
-    return [
-        "llm=llava_1_5_7b",
-        f"llm.path={path}",
-        "llm.dtype=float32",
-        "llm.device=cpu",
-        r'llm.prompt="<image> {question}"',
-    ]
-
-
-def run(backbone, folder: Path, *overrides: str) -> Path:
-    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, f"run.dir={folder}"]
-    return inprocess.run(plan(asked))
-
-
-def rounds(path: Path) -> list[dict]:
-    return read_rows(path / "rounds.jsonl")
 
 
 def test_a_run_leaves_everything_it_says(backbone, tmp_path):

@@ -7,8 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, served, some_examples, visiting
-from test_run import backbone, own_home, rounds, run  # noqa: F401  fixtures
+from conftest import PROMPT, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
 from fedmm.edge import parts
@@ -111,7 +110,7 @@ def deltas(monkeypatch) -> dict[tuple[int, int], State]:
     return seen
 
 
-def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, deltas):  # noqa: F811
+def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, deltas):
     path = run(backbone, tmp_path / "run", "arm=ffa_lora", "optimizer.lr=0.05")
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.up", "text.up")}
     assert all(set(state) == {"image.up", "text.up"} for state in states(path))
@@ -134,7 +133,7 @@ def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, delta
     torch.testing.assert_close(tuned.get_input_embeddings().weight, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, deltas, monkeypatch):  # noqa: F811
+def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, deltas, monkeypatch):
     monkeypatch.setattr("fedmm.runs.folder.KEPT_CHECKPOINTS", 3)
     path = run(backbone, tmp_path / "run", "arm=rolora", "rounds=3")
     assert {round: tuple(sorted(delta)) for (round, _), delta in deltas.items()} == {
@@ -146,7 +145,7 @@ def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, del
             assert torch.equal(before[name], after[name]) == (not name.endswith(moving))
 
 
-def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, deltas, monkeypatch):  # noqa: F811
+def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, deltas, monkeypatch):
     began: dict[tuple[int, int], State] = {}
     load = client_side._load_sets
 
@@ -171,7 +170,7 @@ def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, delt
         export(path, tmp_path / "no")
 
 
-def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_path, deltas):  # noqa: F811
+def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_path, deltas):
     path = run(backbone, tmp_path / "run", "arm=feddpa", "rounds=4", "method.step.tune=2", "schedule=constant")
     plain = run(backbone, tmp_path / "plain", "arm=fedavg", "rounds=2", "schedule=constant")
     assert rounds(path)[1]["state"] == rounds(plain)[1]["state"], "until it tunes it is FedAvg"
@@ -261,7 +260,7 @@ def test_a_smaller_client_is_the_servers_cut(llava, local_llm, items):
     torch.testing.assert_close(large(batch)[0].dense(), small(batch)[0].dense(), rtol=1e-6, atol=1e-6)
 
 
-def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, deltas):  # noqa: F811
+def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, deltas):
     for arm in ("hetlora", "exact_lowrank"):
         path = run(backbone, tmp_path / arm, f"arm={arm}", "edge.ranks=[1,4,2]", "rounds=2")
         assert [deltas[2, client]["text.up"].shape for client in range(3)] == [(16, 1), (16, 4), (16, 2)]
@@ -272,7 +271,7 @@ def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, de
 # ---- arms ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_new_arm_runs_two_rounds(backbone, tmp_path):  # noqa: F811
+def test_every_new_arm_runs_two_rounds(backbone, tmp_path):
     """Of rules over whole updates, in one run; those above have runs of their own."""
     rest = ["fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip"]
     few = ["clients=5", "evaluate.every=0", "evaluate.max_tokens=1", "run.examples=0"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, gradients, served, some_examples, visiting
-from test_run import backbone, own_home, rounds, run  # noqa: F401  fixtures
+from conftest import PROMPT, gradients, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
 from fedmm.aggregate.lowrank import product_error
@@ -202,7 +201,7 @@ def _processor(folder):
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def test_flora_runs_clients_of_three_ranks_and_its_error_is_none(backbone, tmp_path):  # noqa: F811
+def test_flora_runs_clients_of_three_ranks_and_its_error_is_none(backbone, tmp_path):
     options = ["arm=flora", "edge.ranks=[1,4,2]", "compare=[exact_lowrank]"]
     path = run(backbone, tmp_path / "run", *options, "optimizer.lr=0.02")
     files = sorted((path / "checkpoints").glob("*.safetensors"))
@@ -217,7 +216,7 @@ def test_flora_runs_clients_of_three_ranks_and_its_error_is_none(backbone, tmp_p
     assert tree.digest(first) == tree.digest(safetensors.torch.load_file(next((again / "checkpoints").glob("*1.*"))))
 
 
-def test_each_rule_tells_its_error_against_the_mean_of_products(backbone, tmp_path):  # noqa: F811
+def test_each_rule_tells_its_error_against_the_mean_of_products(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "arm=fedavg", "compare=[ffa_lora,rolora]", "rounds=3", "optimizer.lr=0.05")
     mean, ffa, rolora = (
         [row["product_error"] for row in rounds(folder)]

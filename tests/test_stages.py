@@ -245,11 +245,6 @@ SMALL = [
 FORMS = {"classes": [], "llm": ["head=llm", "edge.rank=4"]}
 
 
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "home"))
-
-
 def run(folder: Path, *overrides: str) -> Path:
     several = [o for o in SMALL if not (o.startswith(("pretrain", "align")) and f"{o.split('.')[0]}=none" in overrides)]
     return inprocess.run(plan([*several, *overrides, f"run.dir={folder}"]))

@@ -19,8 +19,7 @@ ASKED = [
 TABLE = ("arm", "global accuracy %", "own test %", "worst client %", "own - local", "LLM samples", "seeds")
 
 
-def test_a_killed_sweep_goes_on_and_its_table_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDMM_HOME", str(tmp_path / "home"))
+def test_a_killed_sweep_goes_on_and_its_table_is_the_same(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sweep_to_its_end(whole)
     process = start(killed)

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, gradients, served, some_examples, visiting
-from test_run import backbone, own_home, rounds, run  # noqa: F401  fixtures
+from conftest import PROMPT, gradients, rounds, run, served, some_examples, visiting
 
 from fedmm import tree
 from fedmm.edge.encoder import CachedEncoder
@@ -119,7 +118,7 @@ def test_features_that_the_host_lost_are_sent_again(llava, edge, processor, loca
 
 
 @pytest.mark.parametrize("arm", ["fednano", "feddat"])
-def test_a_client_without_images_abstains_from_their_adapter(backbone, tmp_path, monkeypatch, arm):  # noqa: F811
+def test_a_client_without_images_abstains_from_their_adapter(backbone, tmp_path, monkeypatch, arm):
     """Client 1 has questions alone: it sends no image tensor, and the others' mean is not diluted by it."""
     ask, deltas, sure = client_side._items, {}, {}
 
