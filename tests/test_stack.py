@@ -223,5 +223,5 @@ def test_each_rule_tells_its_error_against_the_mean_of_products(backbone, tmp_pa
         for folder in (path, path / "arms" / "ffa_lora", path / "arms" / "rolora")
     )
     assert all(error > 1e-4 for row in mean[1:] for error in row.values()), "B has left zero, and A drifts"
-    assert ffa == [{}] * 3, "A is nowhere at the server, and the mean of B is exact"
-    assert all(0 <= error < 1e-5 for row in rolora for error in row.values()) and all(rolora)
+    for rows in (ffa, rolora):  # one of A and B is everybody's
+        assert all(0 <= error < 1e-5 for row in rows for error in row.values()) and all(rows)
