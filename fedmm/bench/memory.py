@@ -41,10 +41,7 @@ if TYPE_CHECKING:
 
 SAMPLES, BATCHES = 8, (1, 8)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-QUESTION_TOKENS, ANSWER_TOKENS = (
-    64,
-    4,
-)  # drawn from the whole vocabulary: hardly any two are near each other in the table
+QUESTION_TOKENS, ANSWER_TOKENS = 64, 4  # drawn from the whole vocabulary: hardly two are near each other in the table
 
 
 @dataclass(frozen=True)
