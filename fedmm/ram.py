@@ -12,13 +12,13 @@ _STATUS = Path("/proc/self/status")  # of Linux
 
 def rss_bytes() -> int:
     """What is held now; where the system does not say, the peak."""
-    return _status_bytes("VmRSS") if _STATUS.exists() else peak_rss_bytes()
+    return _status_bytes("VmRSS") or peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
     """The most that was held. `ru_maxrss`, which other systems have, starts at the parent's and survives an exec."""
-    if _STATUS.exists():
-        return _status_bytes("VmHWM")
+    if held := _status_bytes("VmHWM"):
+        return held
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -34,6 +34,7 @@ def give_back() -> None:
         trim(0)
 
 
-def _status_bytes(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) << 10
+def _status_bytes(name: str) -> int | None:
+    """None where there is no such file, or no such line: sandboxes have some of Linux's."""
+    text = _STATUS.read_text() if _STATUS.exists() else ""
+    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(f"{name}:")), None)

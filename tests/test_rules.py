@@ -255,10 +255,13 @@ def test_fisher_where_nobody_has_learnt_is_the_mean_to_the_bit():
     assert tree.digest(fisher(current(), given, {})[0]) == tree.digest(mean(current(), given, {})[0])
 
 
-@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-44])
-def test_fisher_bears_a_client_whose_certainty_is_next_to_nothing(tiny):
+@pytest.mark.parametrize("count", [300, 2**31 - 1])
+@pytest.mark.parametrize("tiny", [1e-27, 1e-30, 1e-38, 1e-44])
+def test_fisher_bears_a_client_whose_certainty_is_next_to_nothing(tiny, count):
     given = [
-        Update(u.client, u.delta, 300, {k: torch.full_like(t, tiny if u.client else 1e-3) for k, t in u.delta.items()})
+        Update(
+            u.client, u.delta, count, {k: torch.full_like(t, tiny if u.client else 1e-3) for k, t in u.delta.items()}
+        )
         for u in updates()
     ]
     merged, _ = fisher(current(), given, {})

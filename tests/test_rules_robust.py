@@ -208,10 +208,11 @@ def test_krum_goes_on_without_those_who_did_not_arrive(keep):
     assert multi_krum({"w": torch.zeros(1)}, given[:2], {}, byzantine=1)[0]["w"].item() == 0.0
 
 
-@pytest.mark.parametrize(("trim", "count"), [(0.2, 2), (3, 5), (0.4, 1)])
-def test_too_few_to_trim_wait(trim, count):
-    given = [Update(client, {"w": torch.tensor([float(client + 1)])}, 1) for client in range(count)]
-    assert trimmed_mean({"w": torch.zeros(1)}, given, {}, trim=trim)[0]["w"].item() == 0.0
+@pytest.mark.parametrize(("trim", "count"), [(0.2, 2), (3, 5), (0.4, 1), (0.4, 4)])
+def test_of_too_few_to_trim_it_is_the_median(trim, count):
+    given = [Update(client, {"w": torch.tensor([float(client**2 + 1)])}, 1) for client in range(count)]
+    merged, _ = trimmed_mean({"w": torch.zeros(1)}, given, {}, trim=trim)
+    assert merged["w"].item() == median({"w": torch.zeros(1)}, given, {})[0]["w"].item() > 0
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

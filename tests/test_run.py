@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -234,6 +235,30 @@ def test_a_run_killed_inside_a_round_ends_with_the_same_table(backbone, tmp_path
     assert [file.read_bytes() for file in kept[0]] == [file.read_bytes() for file in kept[1]]
 
 
+@pytest.mark.parametrize("where", ["server", "client"])
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_run_killed_between_an_update_and_its_report_counts_both_once(backbone, tmp_path, monkeypatch, where, every):
+    options = ["arm=fedavg", f"llm.where={where}", f"evaluate.every={every}"]
+    whole = run(backbone, tmp_path / "whole", *options)
+    take_part = client_side.take_part
+
+    def is_not_heard(order):
+        report = take_part(order)
+        if (order.round, order.client) == (2, 1):
+            raise SystemExit("killed")
+        return report
+
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", is_not_heard)
+    with pytest.raises(SystemExit):
+        run(backbone, tmp_path / "killed", *options)
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", take_part)
+    killed = run(backbone, tmp_path / "killed", *options)
+    assert rounds(killed) == rounds(whole) and summary.scores(killed) == summary.scores(whole)
+    ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (killed, whole))
+    assert ours["llm_samples"] == theirs["llm_samples"] > 0 and ours["final"] == theirs["final"]
+    assert (killed / "report.html").stat().st_size > 0
+
+
 def run_id(path: Path) -> str:
     return json.loads((path / "environment.json").read_text())["run"]
 
@@ -286,8 +311,11 @@ def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_mi
     told = {times: json.loads((path / "summary.json").read_text()) for times, path in found.items()}
     assert told[1]["unscored"] == [] and set(told[1]["final"]["own"]) == {"0", "1", "2"}
     assert told[2]["unscored"] == [1] and told[2]["final"]["global"] is None
-    assert "the final state was not scored there" in (found[2] / "report.html").read_text()
-    assert "the final state was not scored there" not in (found[1] / "report.html").read_text()
+    last = [
+        re.search(r"<td>final</td><td>1</td>\s*<td[^>]*>([^<]*)", (found[i] / "report.html").read_text())
+        for i in (1, 2)
+    ]
+    assert last[0] is None and last[1][1] == "FedmmError: away"
 
 
 def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from fedmm import tree
 from fedmm.aggregate import running
 from fedmm.types import State, Update
 
-_NOTHING = 1e-30  # a mean below it is nobody's certainty: divided by it, weights would leave fp32
+_NOTHING = 1e-28  # a mean below it is nobody's certainty: divided by it, weights would leave fp32
 
 
 def fisher(
@@ -51,7 +51,7 @@ def fisher(
             totals[name] += p
             sure = update.fisher[name]
             scale = p / _size(sure, normalise)
-            surest[name].addcmul_(delta, sure, value=scale)  # these three are ours: in place, and nothing in between
+            surest[name].addcmul_(sure, delta, value=scale)  # these three are ours: in place, and nothing in between
             certainty[name].add_(sure, alpha=scale)
             mean[name].lerp_(delta, float(running.part(p, totals[name], delta.dtype)))
     merged = {

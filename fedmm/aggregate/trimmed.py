@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fedmm.aggregate import gathered
@@ -32,8 +31,8 @@ def trimmed_mean(current: State, updates: Gathered, memory: State, *, trim: floa
     """Add the mean of the deltas without the lowest and the highest `trim` of them, coordinate by coordinate.
 
     `trim` below 1/2 is a share of the clients that sent a tensor, rounded up, so that it bears at least that share of
-    garbage; from 1 on it is their number. A tensor that too few sent to trim waits. Holds all deltas. Raises ValueError
-    for a share that leaves nobody.
+    garbage; from 1 on it is their number. Where that leaves nobody, as clients were lost, it is the median. Holds all
+    deltas. Raises ValueError for a share that always leaves nobody.
     """
     if not 0 <= trim < 0.5 and not trim >= 1:
         raise ValueError(f"rule.trim must be a share from 0 to below 0.5, or a number from 1, got {trim:g}")
@@ -48,6 +47,5 @@ def dropped(trim: float, K: int) -> int:
 
 def _middle(changes_K: Tensor, dropped: int) -> Tensor:
     """A value that is not finite sorts to an end, NaN to the upper one."""
-    if dropped * 2 >= len(changes_K):
-        return torch.zeros_like(changes_K[0])
+    dropped = min(dropped, (len(changes_K) - 1) // 2)
     return changes_K.sort(dim=0).values[dropped : len(changes_K) - dropped].mean(dim=0)

@@ -238,8 +238,8 @@ def _serve_clients(setting: Setting, connection: Connection) -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-            connection.send(next((one.fault for one in own if one.fault), None))
             ram.give_back()
+            connection.send(next((one.fault for one in own if one.fault), None))
 
 
 class _Client:

@@ -80,7 +80,8 @@ class CachedEncoder:
         for start in range(0, len(lacking), step):
             self._make(lacking[start : start + step])
         self._encoder = None
-        ram.give_back()
+        if lacking:
+            ram.give_back()
 
     @torch.no_grad()
     def _make(self, items: Sequence[Prepared]) -> list[Tensor]:

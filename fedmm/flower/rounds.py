@@ -106,6 +106,7 @@ def run_arm(
     backbone, parts, card = held.backbone, held.parts, held.card
     edge = server_edge(cfg, held)
     first, common = server_state(cfg, edge, compact), untouched(cfg, edge)
+    del edge
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = resumed or (0, first, {})
     if cfg.evaluate.groups:
@@ -263,6 +264,7 @@ class _Arm:
             lost = self._exchange([self._order(round, client, train=False, score=True) for client in lost], "final")
             if not lost:
                 return
+        self.folder.event("unscored", lost=_by_name(lost))
         if len(lost) == len(self.everybody):
             raise FedmmError("no client scored the final state; " + "; ".join(map(_reason, lost.items())))
 
@@ -323,7 +325,7 @@ class _Arm:
         try:
             report = messages.read_report(reply)
             bad = report.fault(order, self.cfg)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             return f"its report cannot be read: {type(error).__name__}: {error}"
         if bad:
             return f"its report {bad}"
@@ -335,9 +337,13 @@ class _Arm:
         for part, answer in report.answers:
             row = {"round": state_round, "client": order.client, "part": part}
             self.folder.append("predictions.jsonl", **row, id=answer.id, said=answer.said, truth=answer.truth)
-        for part, (right, count) in report.scores.items():  # last: a client that is here is not asked again
-            row = {"round": state_round, "client": order.client, "part": part, "right": right, "count": count}
-            self.folder.append("scores.jsonl", **row)
+        self.folder.extend(  # last and at once: a client that is here is not asked again
+            "scores.jsonl",
+            (
+                {"round": state_round, "client": order.client, "part": part, "right": right, "count": count}
+                for part, (right, count) in report.scores.items()
+            ),
+        )
         about = {"kind": "client", "round": order.round, "client": order.client}
         self.folder.append("ledger.jsonl", **report.metrics | about)
         own = [score for part, score in report.scores.items() if part == order.client or self.cfg.pooled]

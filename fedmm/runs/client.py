@@ -218,6 +218,7 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
 
 def _train(cfg: Config, order: Order, session: Session, model: Model, items: list[Prepared]) -> dict[str, float]:
     schema = make(cfg.schema)
+    asked = model.llm.samples if isinstance(model.llm, LocalLLM) else 0
     anchor = model.edge.state("shared") if "shared" in cfg.method.sets else {}
     trained = train(
         model,
@@ -252,9 +253,17 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
     if cfg.fault and order.client in cfg.faulty:
         delta = make(cfg.fault)(delta)
     sure = {name: sure[name].cpu() for name in delta} if sure is not None else None
-    metrics = {"loss": trained.mean_loss, "first_loss": trained.first_loss, "examples": float(len(items))}
+    metrics = {
+        "loss": trained.mean_loss,
+        "first_loss": trained.first_loss,
+        "examples": float(len(items)),
+        "train_seconds": trained.seconds,
+        "fisher_seconds": fisher_seconds,
+    }
+    if isinstance(model.llm, LocalLLM):  # a report tells of scoring too, and may be lost where the update is not
+        metrics["llm_samples"] = float(model.llm.samples - asked)
     _send(session, Update(order.client, delta, len(items), sure, metrics))
-    return metrics | {"train_seconds": trained.seconds, "fisher_seconds": fisher_seconds}
+    return metrics
 
 
 def _send(session: Session, update: Update) -> None:

@@ -87,9 +87,10 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
             named = set(map(_key, overrides))
             if "label" not in named and (by_hand := named & {"method", "rule", "schema"}):
                 cfg.label = "+".join(choices[group] for group in ("method", "rule", *by_hand & {"schema"}))
-            apart = named & {"dataset", "partition"} or not choices["scenario"]
-            if "data" not in named and (apart or not cfg.data):
-                cfg.data = f"{choices['dataset']}, {choices['partition']}" if apart else choices["scenario"]
+            both = f"{choices['dataset']}, {choices['partition']}"
+            if "data" not in named and named & {"dataset", "partition", *(["scenario"] if cfg.data else [])}:
+                cfg.data = both
+            cfg.data = cfg.data or choices["scenario"] or both
             OmegaConf.resolve(cfg)
             typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)  # what an interpolation gave has its type too
     except (HydraException, OmegaConfBaseException) as error:

@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -64,8 +64,13 @@ class RunFolder:
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     def append(self, file: str, /, **row: Any) -> None:
+        self.extend(file, [row])
+
+    def extend(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Several rows in one write."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         with self._lock, (self.path / file).open("a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(lines)
 
     def event(self, kind: str, /, **what: Any) -> None:
         """Something a watcher wants to know now."""
@@ -108,6 +113,11 @@ class RunFolder:
                     and not (row["round"] > last and row.get("channel") == "answers" and row["client"] in twice)
                 ),
             )
+        here = {row["client"] for row in self.rows("ledger.jsonl") if row["kind"] == "client" and row["round"] > last}
+        for client in done:
+            if client not in here:  # its report was lost with the server; its update says the most of it
+                metrics = self.about(last + 1, client)["metrics"]
+                self.append("ledger.jsonl", **metrics, kind="client", round=last + 1, client=client)
         return found
 
     def _rewrite(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -279,7 +279,7 @@ Alignment: {{ arm.stages.open_set.images }} open images to tune on and {{ arm.st
 {% endif %}
 {% endfor %}
 {% set ns = namespace(lost=false) %}
-{% for arm in arms if arm.lost or arm.unscored %}{% set ns.lost = true %}{% endfor %}
+{% for arm in arms if arm.lost %}{% set ns.lost = true %}{% endfor %}
 {% if ns.lost %}
 <h2>Lost clients</h2>
 <div class="scroll"><table>
@@ -290,13 +290,10 @@ Alignment: {{ arm.stages.open_set.images }} open images to tune on and {{ arm.st
 <tr><td>{{ arm.label }}</td><td>{{ row.round }}</td><td>{{ row.client }}</td>
 <td class="words why">{{ row.reason }}</td></tr>
 {% endfor %}
-{% for client in arm.unscored %}
-<tr><td>{{ arm.label }}</td><td>final</td><td>{{ client }}</td>
-<td class="words why">the final state was not scored there</td></tr>
-{% endfor %}
 {% endfor %}
 </tbody></table></div>
-<p class="note">A lost client's update is not in that round's average; the round went on without it.</p>
+<p class="note">A lost client's update is not in that round's average; the round went on without it. Who was lost in the
+last scoring is in no figure of the final state.</p>
 {% endif %}
 {% endif %}
 

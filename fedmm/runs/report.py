@@ -89,7 +89,8 @@ def _arm(folder: Path) -> dict[str, Any]:
     """What the page says of one finished arm: its summary, its curve, what its clients hold and how long they take."""
     told = json.loads((folder / "summary.json").read_text())
     rounds = read_rows(folder / "rounds.jsonl")
-    client = [row for row in read_rows(folder / "ledger.jsonl") if row["kind"] == "client"]
+    ledger = read_rows(folder / "ledger.jsonl")
+    client = [row for row in ledger if row["kind"] == "client" and "seconds" in row]  # else its report was lost
     questions = {}
     for row in read_rows(folder / "scores.jsonl"):
         questions[row["part"]] = row["count"]
@@ -98,13 +99,17 @@ def _arm(folder: Path) -> dict[str, Any]:
         for row in rounds
         for client, reason in row["lost"].items()
     ]
+    unscored = [row["lost"] for row in read_rows(folder / "events.jsonl") if row["event"] == "unscored"]
+    lost += [
+        {"round": "final", "client": client, "reason": unscored[-1].get(str(client)) if unscored else "not scored"}
+        for client in told.get("unscored", [])
+    ]
     return told | {
         "curve": plots.curve(folder),
         "questions": questions,
         "examples": {int(client): count for row in rounds for client, count in row["examples"].items()},
         "lost": lost,
         "stages": _stages(read_rows(folder / "stages.jsonl")),
-        "unscored": told.get("unscored", []),
         "control": told["bytes"].get("control", [0, 0]),
         "link": [sum(both[i] for name, both in told["bytes"].items() if name != "control") for i in (0, 1)],
         "stored": _stored(folder, client),

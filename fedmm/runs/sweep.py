@@ -36,7 +36,12 @@ from fedmm.types import FedmmError
 TUNING_SEED = 100
 FURTHER = 2  # values at most that a search takes beyond its ends
 _NAMED = ("arm", "method", "rule", "scenario", "dataset", "partition", "seed", "label", "data")  # name themselves
-_IN_NAME = ("arm", "method", "rule", "scenario", "seed")  # of a run's folder, also of one value: others may come later
+_IN_NAME = (
+    "arm",
+    "method",
+    "rule",
+    "scenario",
+)  # of a run's folder, as is the seed, also of one value: others may come
 _TUNING = (
     "evaluate.split=validation", "evaluate.everywhere=false", "evaluate.every=0", "evaluate.groups=null",
     "evaluate.predictions=false",
@@ -302,7 +307,8 @@ def _without(overrides: Sequence[str], others: Sequence[str]) -> Iterator[str]:
 
 
 def _name(pairs: Mapping[str, str], several: Sequence[str]) -> str:
-    keys = [key for key in _IN_NAME if key in pairs] + sorted(set(several) - set(_IN_NAME))  # in whatever order asked
+    others = sorted(set(several) - {*_IN_NAME, "seed"})  # in whatever order they were asked
+    keys = [key for key in (*_IN_NAME, *others, "seed") if key in pairs]
     return "_".join(re.sub(r"[^\w.-]+", "-", f"{key}={pairs[key]}") for key in keys)
 
 
