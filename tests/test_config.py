@@ -261,6 +261,7 @@ def test_a_prefix_of_hydra_changes_no_name():
 
 def test_a_preset_with_other_data_is_called_by_it():
     assert compose(["experiment=mllmfl"]).data == "cifar10_lt"
+    assert compose(["experiment=mllmfl", "scenario=domain"]).data == "cifar10_lt, domain"
     assert compose(["experiment=mllmfl", "dataset=cifar100_lt", "partition=equal"]).data == "cifar100_lt, equal"
     assert compose(["experiment=mllmfl", "dataset=cifar100_lt", "data=mine"]).data == "mine"
 
