@@ -5,8 +5,10 @@ The groups of conf/ (method, rule, dataset, ...) are checked against the signatu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from fedmm.codecs import Codec
 
 
 class ConfigError(ValueError):
@@ -170,10 +172,7 @@ ONE_OF = {
     "link.encoding": ("dense", "factored"),
     "link.local": ("factored", "dense"),
     "link.cache": ("run", "none"),
-    "link.codec.features": ("none", "fp16", "bf16", "int8"),
-    "link.codec.h": ("none", "fp16", "bf16", "int8"),
-    "link.codec.gradients": ("none", "fp16", "bf16", "int8"),
-    "link.codec.logits": ("none", "fp16", "bf16", "int8"),
+    **{f"link.codec.{kind.name}": get_args(Codec) for kind in fields(CodecConfig)},
 }
 AT_LEAST = {
     "method.step.alpha": 0, "method.step.beta": 0, "method.step.temperature": 0.01, "method.step.ramp": 0,
