@@ -22,6 +22,7 @@ from fedmm import tree
 from fedmm.edge.prepare import collate, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.flower import inprocess
+from fedmm.flower import rounds as server_side
 from fedmm.flower.server_app import plan
 from fedmm.llm import wire
 from fedmm.llm.host import Host
@@ -316,6 +317,39 @@ def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_mi
         for i in (1, 2)
     ]
     assert last[0] is None and last[1][1] == "FedmmError: away"
+
+
+def test_who_says_nothing_for_all_of_the_last_scoring_is_not_waited_for_again(backbone, tmp_path, monkeypatch):
+    take_part, record = client_side.take_part, server_side._Arm._record
+    asked, recorded = [], []
+
+    class Clock:
+        """Jumps past every deadline when the other two have reported."""
+
+        def __getattr__(self, name):
+            return getattr(time, name)
+
+        def monotonic(self):
+            return time.monotonic() + 1e6 * (len(recorded) >= 2)
+
+    def silent(order):
+        if (order.round, order.client) == (2, 1):
+            asked.append(order)
+            while len(recorded) < 2:
+                time.sleep(0.05)
+            time.sleep(1)
+        return take_part(order)
+
+    def recording(arm, order, report):
+        record(arm, order, report)
+        recorded.extend([order.client] * (order.round == 2))
+
+    monkeypatch.setattr("fedmm.flower.client_app.take_part", silent)
+    monkeypatch.setattr(server_side._Arm, "_record", recording)
+    monkeypatch.setattr(server_side, "time", Clock())
+    path = run(backbone, tmp_path / "run", "arm=local", "rounds=1", "run.at_once=3")
+    assert json.loads((path / "summary.json").read_text())["unscored"] == [1] and len(asked) == 1
+    assert "did not report within run.round_seconds" in (path / "report.html").read_text()
 
 
 def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monkeypatch):
