@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 import safetensors.torch
-import test_run
 import torch
-from conftest import PROMPT, some_examples
+from conftest import PROMPT, rounds, run, some_examples
 from PIL import Image
 
 from fedmm import codecs, tree
@@ -23,7 +22,6 @@ from fedmm.runs import build, config, home, targets
 from fedmm.store import Store
 from fedmm.types import Example
 
-backbone, own_home = test_run.backbone, test_run.own_home
 SAMPLE_BYTES = 2048  # more than a file of one sample takes: 4 patches, 12 wide
 
 
@@ -295,39 +293,39 @@ def by_clients(names) -> int:
 def test_an_encoder_is_built_once_a_run_and_bits_do_not_depend_on_what_was_there(
     backbone, tmp_path, monkeypatch, built
 ):
-    cold = test_run.rounds(test_run.run(backbone, tmp_path / "cold"))
+    cold = rounds(run(backbone, tmp_path / "cold"))
     assert by_clients(built) == 3, "once for each of three clients, in three messages each"
-    warm = test_run.rounds(test_run.run(backbone, tmp_path / "warm"))
+    warm = rounds(run(backbone, tmp_path / "warm"))
     assert by_clients(built) == 3
     for path in home.home().rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
-    assert test_run.rounds(test_run.run(backbone, tmp_path / "harmed")) == cold == warm
+    assert rounds(run(backbone, tmp_path / "harmed")) == cold == warm
     assert by_clients(built) == 6
     small = Store(memory_bytes=0, folder=tmp_path / "small", disk_bytes=3 * SAMPLE_BYTES)
     monkeypatch.setattr(build, "_store", lambda *_: small)
-    assert test_run.rounds(test_run.run(backbone, tmp_path / "evicted")) == cold
+    assert rounds(run(backbone, tmp_path / "evicted")) == cold
 
 
 def test_another_backbone_finds_nothing_of_the_first(backbone, tmp_path, built):
     from conftest import small_llava
 
-    test_run.run(backbone, tmp_path / "one", "rounds=1")
+    run(backbone, tmp_path / "one", "rounds=1")
     other = small_llava(tmp_path / "llava", seed=1, image_size=48)
-    test_run.run(backbone, tmp_path / "other", "rounds=1", f"llm.path={other}")
+    run(backbone, tmp_path / "other", "rounds=1", f"llm.path={other}")
     assert by_clients(built) == 6
     assert len(list((home.home() / "features").iterdir())) == 2
 
 
 def test_without_a_cache_pixels_are_encoded_in_every_step(backbone, tmp_path):
-    kept = test_run.rounds(test_run.run(backbone, tmp_path / "kept", "rounds=1"))
-    none = test_run.rounds(test_run.run(backbone, tmp_path / "none", "rounds=1", "edge.cache_disk_mb=0"))
+    kept = rounds(run(backbone, tmp_path / "kept", "rounds=1"))
+    none = rounds(run(backbone, tmp_path / "none", "rounds=1", "edge.cache_disk_mb=0"))
     assert none[0]["loss"]["0"] == pytest.approx(kept[0]["loss"]["0"], rel=1e-5)
 
 
 def test_lossy_features_go_through_a_whole_run(backbone, tmp_path):
-    exact = test_run.run(backbone, tmp_path / "exact", "rounds=1")
-    int8 = test_run.run(backbone, tmp_path / "int8", "rounds=1", "link.codec.features=int8")
-    assert test_run.rounds(exact)[0]["state"] != test_run.rounds(int8)[0]["state"]
+    exact = run(backbone, tmp_path / "exact", "rounds=1")
+    int8 = run(backbone, tmp_path / "int8", "rounds=1", "link.codec.features=int8")
+    assert rounds(exact)[0]["state"] != rounds(int8)[0]["state"]
     stored = [safetensors.torch.load_file(path)["tensor"] for path in (home.home() / "features").rglob("*.safetensors")]
     lossy = [features for features in stored if torch.equal(codecs.rounded(features, "int8"), features)]
     assert len(lossy) == len(stored) / 2 > 0
