@@ -30,16 +30,7 @@ from fedmm.llm.host import Host, Traffic
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.tls import Authority
 from fedmm.runs import home, summary
-from fedmm.runs.build import (
-    Whole,
-    class_counts,
-    for_arm,
-    server_edge,
-    server_state,
-    state_for,
-    untouched,
-    update_of,
-)
+from fedmm.runs.build import Whole, class_counts, for_arm, server_start, state_for, update_of
 from fedmm.runs.client import Order, Report
 from fedmm.runs.derived import encrypted, per_round, scale
 from fedmm.runs.folder import RunFolder
@@ -104,9 +95,7 @@ def run_arm(
     compact = pretrained(cfg, whole, folder)
     held = for_arm(cfg, whole, compact)
     backbone, parts, card = held.backbone, held.parts, held.card
-    edge = server_edge(cfg, held)
-    first, common = server_state(cfg, edge, compact), untouched(cfg, edge)
-    del edge
+    first, common = server_start(cfg, held, compact)
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = resumed or (0, first, {})
     if cfg.evaluate.groups:

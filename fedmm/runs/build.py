@@ -61,11 +61,6 @@ def for_arm(cfg: Config, held: Whole, compact: State | None) -> Whole:
     return replace(held, parts=parts, card=edge_parts.describe(held.backbone.model, parts, held.backbone.prompt))
 
 
-def at_client(cfg: Config) -> bool:
-    """Whether clients run the whole model themselves."""
-    return cfg.llm.get("where") == "client"
-
-
 def held_parts(cfg: Config, client: int) -> list[int]:
     """The parts of the data that a client trains on."""
     return list(range(cfg.clients)) if cfg.pooled else [client]
@@ -99,24 +94,18 @@ def initial_state(cfg: Config, edge: Edge, name: str) -> State:
     return edge.state(name)
 
 
-def server_state(cfg: Config, edge: Edge, compact: State | None = None) -> State:
-    """What the server starts from: of the shared set, what some round sends. A classifier's trunk is the compact
-    encoder's, pretrained or not."""
+def server_start(cfg: Config, held: Whole, compact: State | None = None) -> tuple[State, State]:
+    """What the server starts from: of the shared set, what some round sends; a classifier's trunk is the compact
+    encoder's, pretrained or not. And beside it what nobody trains or sends, such as the A of FFA-LoRA: it stays at the
+    common start with everybody."""
     if "shared" not in cfg.method.sets:
-        return {}
-    state = initial_state(cfg, edge, "shared")
+        return {}, {}
+    state, schema = initial_state(cfg, server_edge(cfg, held), "shared"), make(cfg.schema)
     state |= {name: tensor for name, tensor in (compact or {}).items() if name in state}
-    return {name: state[name] for name in schemas.sent(make(cfg.schema), cfg.rounds, state)}
-
-
-def untouched(cfg: Config, edge: Edge) -> State:
-    """What of the shared set nobody trains or sends, such as the A of FFA-LoRA: at the common start with everybody."""
-    if "shared" not in cfg.method.sets:
-        return {}
-    state, schema = initial_state(cfg, edge, "shared"), make(cfg.schema)
+    sent = schemas.sent(schema, cfg.rounds, state)
     stay = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in state])
-    moved = {*schemas.sent(schema, cfg.rounds, state), *(name.removeprefix("shared.") for name in stay)}
-    return {name: tensor for name, tensor in state.items() if name not in moved}
+    moved = {*sent, *(name.removeprefix("shared.") for name in stay)}
+    return {name: state[name] for name in sent}, {name: state[name] for name in state if name not in moved}
 
 
 def state_for(cfg: Config, client: int, current: State) -> State:

@@ -14,7 +14,7 @@ from fedmm.aggregate import lowrank, trimmed
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.runs import targets
-from fedmm.runs.derived import is_loopback, own_rank, per_round, zeros
+from fedmm.runs.derived import at_client, is_loopback, own_rank, per_round, zeros
 from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, ConfigError
 from fedmm.runs.targets import locate, make
 from fedmm.types import State, Update
@@ -57,7 +57,7 @@ def _settings(cfg: Config) -> Iterator[str]:
 
 def _adapters(cfg: Config) -> Iterator[str]:
     """What trains before the LLM and inside it."""
-    if cfg.inner and cfg.llm.get("where", "server") == "server":
+    if cfg.inner and not at_client(cfg):
         yield "inner trains inside the LLM, which llm.where=server keeps there; set llm.where=client, or inner=none"
     if cfg.inner and isinstance(rank := cfg.inner.get("rank"), int) and rank < 1:
         yield f"inner.rank must be at least 1, got {rank}; inner=none trains nothing inside the LLM"
@@ -69,12 +69,11 @@ def _adapters(cfg: Config) -> Iterator[str]:
 
 def _head(cfg: Config) -> Iterator[str]:
     """What goes with a compact encoder and with head=classes, where clients run no LLM, and what does not."""
-    at_client = cfg.llm.get("where", "server") == "client"
     try:
         make(cfg.compact)
     except (ConfigError, TypeError, ValueError) as error:
         yield str(error)
-    if cfg.compact and at_client:
+    if cfg.compact and at_client(cfg):
         yield "compact stands in the place of the LLM's own encoder, llm.where=client runs that one; set compact=none"
     if cfg.compact and cfg.edge.lora.rank:
         yield f"edge.lora.rank={cfg.edge.lora.rank} trains in the LLM's own encoder; set it to 0, or compact=none"
@@ -89,7 +88,7 @@ def _head(cfg: Config) -> Iterator[str]:
         yield "method.retrained answers by a head that rule=creff alone trains; set rule=creff"
     if not cfg.compact:
         yield "head=classes needs a network under it; set compact=resnet8"
-    if cfg.inner or at_client:
+    if cfg.inner or at_client(cfg):
         yield "head=classes has no LLM at the client; set inner=none and llm.where=server"
     if cfg.edge.ranks:
         yield "edge.ranks are those of NanoAdapters, and head=classes has none; set edge.ranks=null"
@@ -113,8 +112,7 @@ def _stages(cfg: Config) -> Iterator[str]:
         yield "captions.prompts is empty, and nothing is asked about open images; name one"
     if cfg.align.step and "shared" not in sets:
         yield f"align tunes the shared state, method.sets={sets} has none; set align=none"
-    at_client = cfg.llm.get("where", "server") == "client"
-    if cfg.align.step and (cfg.method.retrained or at_client):
+    if cfg.align.step and (cfg.method.retrained or at_client(cfg)):
         which = "method.retrained" if cfg.method.retrained else "llm.where=client"
         yield f"align does not go with {which}; set align=none"
 

@@ -26,7 +26,6 @@ from fedmm.model import Model
 from fedmm.runs import home
 from fedmm.runs.build import (
     Built,
-    at_client,
     build_edge,
     cached_encoder,
     classifier,
@@ -39,7 +38,7 @@ from fedmm.runs.build import (
     whole,
 )
 from fedmm.runs.config import load
-from fedmm.runs.derived import kept, scale
+from fedmm.runs.derived import at_client, kept, scale
 from fedmm.runs.settings import Config
 from fedmm.runs.targets import make
 from fedmm.train import train

@@ -25,6 +25,11 @@ def is_loopback(address: str) -> bool:
     return host in ("localhost", "[::1]") or host.startswith("127.")
 
 
+def at_client(cfg: Config) -> bool:
+    """Whether clients run the whole model themselves."""
+    return cfg.llm.get("where") == "client"
+
+
 def per_round(cfg: Any) -> int:
     """How many clients train in a round."""
     return min(cfg.clients_per_round or cfg.clients, 1 if cfg.pooled else cfg.clients)

@@ -116,8 +116,8 @@ class RunFolder:
         here = {row["client"] for row in self.rows("ledger.jsonl") if row["kind"] == "client" and row["round"] > last}
         for client in done:
             if client not in here:  # its report was lost with the server; its update says the most of it
-                metrics = self.about(last + 1, client)["metrics"]
-                self.append("ledger.jsonl", **metrics, kind="client", round=last + 1, client=client)
+                about = {"kind": "client", "round": last + 1, "client": client}
+                self.append("ledger.jsonl", **self.about(last + 1, client)["metrics"] | about)
         return found
 
     def _rewrite(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -36,12 +36,7 @@ from fedmm.types import FedmmError
 TUNING_SEED = 100
 FURTHER = 2  # values at most that a search takes beyond its ends
 _NAMED = ("arm", "method", "rule", "scenario", "dataset", "partition", "seed", "label", "data")  # name themselves
-_IN_NAME = (
-    "arm",
-    "method",
-    "rule",
-    "scenario",
-)  # of a run's folder, as is the seed, also of one value: others may come
+_IN_NAME = ("arm", "method", "rule", "scenario")  # of a run's folder, and the seed, also of one value: more may come
 _TUNING = (
     "evaluate.split=validation", "evaluate.everywhere=false", "evaluate.every=0", "evaluate.groups=null",
     "evaluate.predictions=false",
