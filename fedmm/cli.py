@@ -43,11 +43,20 @@ def main(argv: list[str] | None = None) -> int:
     sweep.add_argument(
         "--tune", help="a setting to choose for each combination on validation data: optimizer.lr=3e-3,6e-3"
     )
+    sweep.add_argument(
+        "--known",
+        type=Path,
+        help="a file of records, .jsonl, as compare --into leaves it: what it has is not run again",
+    )
     sweep.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one a core")
     sweep.add_argument("--against", help="the arm that the others are set against, by its label; default: FedAvg")
     compare = commands.add_parser("compare", help="one table of several runs")
-    compare.add_argument("dirs", type=Path, nargs="+", metavar="dir", help="of runs or sweeps")
-    compare.add_argument("--into", type=Path, help="a markdown file to write the table to, with a picture beside it")
+    compare.add_argument(
+        "paths", type=Path, nargs="+", metavar="path", help="a run's or sweep's folder, or a file of records"
+    )
+    compare.add_argument(
+        "--into", type=Path, help="a markdown file to write the table to; beside it a picture and a file of records"
+    )
     compare.add_argument("--against", help="the arm that the others are set against, by its label; default: FedAvg")
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
@@ -72,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench":
         return _bench(args.name, args.size)
     if args.command == "sweep":
-        return _sweep(args.dir, args.overrides, args.tune, args.at_once, args.against)
-    return _compare(args.dirs, args.against, args.into)
+        return _sweep(args.dir, args.overrides, args.tune, args.known, args.at_once, args.against)
+    return _compare(args.paths, args.against, args.into)
 
 
 def _run(overrides: list[str]) -> int:
@@ -101,26 +110,28 @@ def _run(overrides: list[str]) -> int:
     return 0
 
 
-def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, against: str | None) -> int:
+def _sweep(
+    path: Path, overrides: list[str], tune: str | None, known: Path | None, at_once: int, against: str | None
+) -> int:
     from fedmm.flower import server_app
-    from fedmm.runs import evidence, results, sweep
+    from fedmm.runs import records, results, sweep
 
-    asked = [*(["--tune", tune] if tune else []), *(["--against", against] if against else [])]
+    options = {"--tune": tune, "--known": known, "--against": against}
+    asked = [part for name, value in options.items() if value for part in (name, str(value))]
     command = shlex.join(["fedmm", "sweep", str(path), *overrides, *asked])
     try:
-        tuned = sweep.search(tune)
-        done = sweep.run(
+        made = sweep.run(
             path,
             overrides,
-            tuned,
+            sweep.search(tune),
+            known=records.load([known] if known else []),
             at_once=at_once,
             check=server_app.plan,
             say=lambda text: print(text, flush=True),
             against=against,
         )
-        rows = evidence.rows([job.path for job in done])
         results.note(path, command)
-        print(results.write(path / "results.md", rows, against, command, [path]).read_text())
+        print(results.write(path / "results.md", made, against, command).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -133,16 +144,17 @@ def _sweep(path: Path, overrides: list[str], tune: str | None, at_once: int, aga
     return 0
 
 
-def _compare(dirs: list[Path], against: str | None, into: Path | None) -> int:
-    from fedmm.runs import evidence, results, table
+def _compare(paths: list[Path], against: str | None, into: Path | None) -> int:
+    from fedmm.runs import evidence, records, results, table
 
     asked = [*(["--into", str(into)] if into else []), *(["--against", against] if against else [])]
-    command = shlex.join(["fedmm", "compare", *map(str, dirs), *asked])
+    command = shlex.join(["fedmm", "compare", *map(str, paths), *asked])
     try:
-        rows = evidence.rows(results.runs_of(dirs))
+        found = records.load(paths)
+        rows = evidence.rows(found.runs)
         print(table.markdown(rows, table.columns(against, rows)))
         if into:
-            print(results.write(into, rows, against, command, dirs))
+            print(results.write(into, found, against, command))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plots, results, settings, sweep, table
+from fedmm.runs import config, evidence, plots, records, results, settings, sweep, table
 from fedmm.types import FedmmError
 
 
@@ -40,6 +41,10 @@ def runs(tmp_path) -> list[Path]:
     return made
 
 
+def rows_of(paths: list[Path]) -> list[evidence.Row]:
+    return evidence.rows(records.load(paths).runs)
+
+
 def cell(rows: list[evidence.Row], label: str, heading: str, against: str = "FedAvg") -> str:
     shown = table.columns(against, rows)
     at = [column.heading for column in shown].index(heading)
@@ -51,7 +56,7 @@ def page(rows: list[evidence.Row]) -> str:
 
 
 def test_figures_by_hand(runs):
-    rows = evidence.rows(runs)
+    rows = rows_of(runs)
     assert [row.label for row in rows] == ["zero-shot", "local", "FedAvg"]
     t = 4.302653  # Student's, two degrees of freedom
     half = 100 * t * 0.1 / 3**0.5
@@ -70,26 +75,26 @@ def test_figures_by_hand(runs):
 
 
 def test_one_seed_is_marked(runs):
-    text = page(evidence.rows(runs[:2]))
+    text = page(rows_of(runs[:2]))
     assert "| 1 ¹ |" in text and "¹ one seed" in text and "±" not in text
-    assert "¹" not in page(evidence.rows(runs))
+    assert "¹" not in page(rows_of(runs))
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match=r"FedAvg with seed 0 again.*give each seed once"):
-        evidence.rows([*runs, write_arm(tmp_path / "again", "FedAvg", 0, {"0": 0.5})])
+        rows_of([*runs, write_arm(tmp_path / "again", "FedAvg", 0, {"0": 0.5})])
     with pytest.raises(ValueError, match=r"differ in rounds: 8 and 9; set label"):
-        evidence.rows([*runs, write_arm(tmp_path / "longer", "FedAvg", 7, {"0": 0.5}, rounds=9)])
+        rows_of([*runs, write_arm(tmp_path / "longer", "FedAvg", 7, {"0": 0.5}, rounds=9)])
 
 
 def test_a_run_that_scored_nobody_is_no_zero(runs, tmp_path):
-    rows = evidence.rows([*runs, write_arm(tmp_path / "x", "X", 0, {"0": 0.5}, final={"global": None, "own": {}})])
+    rows = rows_of([*runs, write_arm(tmp_path / "x", "X", 0, {"0": 0.5}, final={"global": None, "own": {}})])
     assert cell(rows, "X", "own test %") == "–" and cell(rows, "X", "own - local") == "–"
 
 
 def test_kinds_of_data_stand_apart(runs, tmp_path):
     other = write_arm(tmp_path / "f", "FedAvg", 0, {"0": 0.9, "1": 0.9}, data="function")
-    rows = evidence.rows([*runs, other])
+    rows = rows_of([*runs, other])
     text = page(rows)
     assert text.index("### domain") < text.index("### function")
     shown = table.columns("FedAvg", rows)
@@ -99,7 +104,7 @@ def test_kinds_of_data_stand_apart(runs, tmp_path):
 
 
 def test_columns_stand_where_they_say_something_and_the_page_says_what(runs):
-    alone, nobody = evidence.rows(runs), evidence.rows([run for run in runs if "local" not in run.name])
+    alone, nobody = rows_of(runs), rows_of([run for run in runs if "local" not in run.name])
     for heading in ("own - local", "clients better off"):
         assert heading in [column.heading for column in table.columns(None, alone)]
         assert heading not in [column.heading for column in table.columns(None, nobody)]
@@ -121,14 +126,14 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
 
 
 def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
-    bare = evidence.rows(runs)
+    bare = rows_of(runs)
     assert not {"many %", "medium %", "few %"} & {column.heading for column in table.columns("FedAvg", bare)}
     assert "few %" not in page(bare)
     made = []
     for seed, few in enumerate((2, 4, 6)):
         score = {"global": 0.5, "own": {"0": 0.5}, "groups": {"many": [9, 10], "few": [few, 10]}}
         made.append(write_arm(tmp_path / f"tail{seed}", "X", seed, {"0": 0.5}, final=score))
-    rows = evidence.rows([*runs, *made])
+    rows = rows_of([*runs, *made])
     half = 100 * 4.302653 * 0.2 / 3**0.5
     assert cell(rows, "X", "few %") == f"40.0 ± {half:.1f}" and cell(rows, "X", "many %") == "90.0 ± 0.0"
     assert cell(rows, "FedAvg", "few %") == "–"
@@ -143,7 +148,7 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
         for label, right in (("FedAvg", 0.5), ("FedAvg, LoRA in the LLM", 0.6))
         for rank in (4, 8)
     ]
-    rows = evidence.rows([*made, write_arm(tmp_path / "plateau", "FedAvg, plateau", 0, {"0": 0.7}, data="other")])
+    rows = rows_of([*made, write_arm(tmp_path / "plateau", "FedAvg, plateau", 0, {"0": 0.7}, data="other")])
     for rank in (4, 8):
         assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0 ¹"
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
@@ -156,30 +161,30 @@ def test_arms_of_other_data_do_not_stand_side_by_side(tmp_path):
     test = [write_arm(tmp_path / "a", "FedAvg", 0, {"0": 0.5})]
     tuning = write_arm(tmp_path / "b", "FedDAT", 0, {"0": 0.6}, split="validation")
     with pytest.raises(ValueError, match=r"FedAvg and FedDAT are both on domain and differ in evaluate.split: 'test'"):
-        evidence.rows([*test, tuning])
+        rows_of([*test, tuning])
     swept = write_arm(tmp_path / "c", "FedDAT, evaluate.split=validation", 0, {"0": 0.6}, split="validation")
-    rows = evidence.rows([*test, swept])
+    rows = rows_of([*test, swept])
     assert cell(rows, "FedDAT, evaluate.split=validation", "own - FedAvg") == "–"
 
 
 def test_what_arms_were_given_stands_there_where_it_differs(tmp_path):
     made = [write_arm(tmp_path / f"{n}", label, 0, {"0": 0.5}, rounds=n) for label, n in (("FedAvg", 8), ("long", 32))]
     heading = "rounds x epochs x batch"
-    assert cell(evidence.rows(made), "long", heading) == "32 x – x –"
-    assert heading not in [column.heading for column in table.columns(None, evidence.rows(made[:1]))]
+    assert cell(rows_of(made), "long", heading) == "32 x – x –"
+    assert heading not in [column.heading for column in table.columns(None, rows_of(made[:1]))]
 
 
 def test_what_a_rule_misses_of_the_products_stands_beside_its_accuracy(tmp_path):
     made = [
         write_arm(tmp_path / f"x{seed}", "X", seed, {"0": 0.5}, product_error=off) for seed, off in ((0, 0.1), (1, 0.3))
     ]
-    rows = evidence.rows([*made, write_arm(tmp_path / "old", "FedAvg", 0, {"0": 0.5})])
+    rows = rows_of([*made, write_arm(tmp_path / "old", "FedAvg", 0, {"0": 0.5})])
     assert cell(rows, "X", "product error %").startswith("20.0 ± ")
     assert cell(rows, "FedAvg", "product error %") == cell(rows, "zero-shot", "product error %") == "–"
 
 
 def test_a_classifier_that_has_learnt_nothing_is_no_zero_shot(tmp_path):
-    rows = evidence.rows([write_arm(tmp_path / "run", "FedAvg", 0, {"0": 0.5}, head="classes")])
+    rows = rows_of([write_arm(tmp_path / "run", "FedAvg", 0, {"0": 0.5}, head="classes")])
     assert [row.label for row in rows] == ["untrained", "FedAvg"]
 
 
@@ -211,7 +216,7 @@ def test_who_was_not_scored_is_in_no_difference_and_said_to_be_missing(tmp_path)
     for seed in range(2):
         write_arm(tmp_path / f"avg{seed}", "FedAvg", seed, {"0": 0.5, "1": 0.5, "2": 0.5})
         write_arm(tmp_path / f"dat{seed}", "FedDAT", seed, {"0": 0.6, "1": 0.6}, unscored=[2], lost=3)
-    rows = evidence.rows(sorted(tmp_path.iterdir()))
+    rows = rows_of(sorted(tmp_path.iterdir()))
     assert cell(rows, "FedDAT", "own - FedAvg") == "+10.0 ± 0.0"
     assert cell(rows, "FedDAT", "clients unscored") == "2" and cell(rows, "FedAvg", "clients unscored") == "0"
     assert cell(rows, "FedDAT", "updates lost") == "6"
@@ -307,7 +312,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
         sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
     done = sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
     assert len(ran) == 5 and len(set(ran)) == 4, "two trials, two seeds, one of them again"
-    assert [config.compose(job.overrides).optimizer.lr for job in done] == [3e-3, 3e-3]
+    assert [run.settings["optimizer.lr"] for run in done.runs] == [3e-3, 3e-3]
     sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
     sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
     known = [row["combination"] for row in json.loads((tmp_path / "tuned.json").read_text())]
@@ -340,9 +345,98 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
     for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
         results.note(tmp_path, command)
-    page = results.write(tmp_path / "page.md", evidence.rows(runs), None, "fedmm compare", [tmp_path]).read_text()
+    told = replace(records.load(runs), commands=records.beside(tmp_path).commands)
+    page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
     lines = [line for line in page.splitlines() if line.startswith("- `")]
     assert [line.split("`")[1] for line in lines] == ["fedmm compare", "fedmm sweep one", "fedmm sweep two"]
+
+
+# ---- records ------------------------------------------------------------------------------------------------------
+
+
+def composed_arm(path: Path, asked: list[str], own: dict[str, float]) -> Path:
+    """A finished arm as a run of these overrides leaves it."""
+    cfg = config.compose(asked)
+    write_arm(path, cfg.label, cfg.seed, own, data=cfg.data)
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    return path
+
+
+@pytest.mark.parametrize("arm", config.options("arm"))
+def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
+    """Whatever its file made of lists, interpolations and small numbers; and not by where it ran."""
+    made = composed_arm(tmp_path / "run", [f"arm={arm}", "seed=3", f"run.dir={tmp_path}/run"], {"0": 0.5})
+    records.save(tmp_path / "kept.jsonl", records.load([made, composed_arm(tmp_path / "x", ["seed=4"], {"0": 0.5})]))
+    kept = records.load([tmp_path / "kept.jsonl"])
+    for told in (kept, records.load([made])):
+        found = told.run_with(records.settings_of(config.compose([f"arm={arm}", "seed=3", "run.dir=/elsewhere"])))
+        assert found is not None and found.summary["final"]["own"] == {"0": 0.5}
+        assert told.run_with(records.settings_of(config.compose([f"arm={arm}", "seed=5"]))) is None
+
+
+def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
+    told = replace(
+        records.load(runs), commands={"fedmm sweep": "2026-01-02"},
+        tuned=[{"combination": ["arm=fedavg"], "chosen": "0.1", "tried": {"0.1": 0.5}, "at_the_edge": False}],
+    )  # fmt: skip
+    first = results.write(tmp_path / "a" / "page.md", told, None, "fedmm compare").read_text()
+    again = records.load([tmp_path / "a" / "page.jsonl"])
+    assert results.write(tmp_path / "b" / "page.md", again, None, "fedmm compare").read_text() == first
+    kept = [(tmp_path / of / "page.jsonl").read_text() for of in "ab"]
+    assert kept[0] == kept[1]
+    twice = records.load([*runs, tmp_path / "a" / "page.jsonl"])
+    assert len(twice.runs) == len(runs), "told of twice alike is one"
+    assert page(evidence.rows(twice.runs)) == page(rows_of(runs))
+
+
+def test_a_run_told_of_twice_with_other_figures_is_refused(runs, tmp_path):
+    records.save(tmp_path / "kept.jsonl", records.load(runs))
+    write_arm(runs[0], "FedAvg", 0, {"0": 0.1, "1": 0.1})
+    with pytest.raises(ValueError, match=r"FedAvg with seed 0 again, after .*avg0"):
+        rows_of([*runs, tmp_path / "kept.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "text, told", [("", "no line of it tells"), ("{}\n", "no line of it tells"), ("{}\n# Results", "line 2 is no json")]
+)
+def test_a_file_of_no_records_is_told(tmp_path, text, told, capsys):
+    (tmp_path / "page.md").write_text(text)
+    assert main(["compare", str(tmp_path / "page.md")]) == 2
+    assert told in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "page.md")]) == 2
+    assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "typo.jsonl")]) == 2
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_what_is_known_is_not_run_again(tmp_path, monkeypatch):
+    """A sweep in a new folder, given the records of an earlier one, runs what they lack, and its table is the same as
+    if it had run it all. A search that tried less than is asked for is no search."""
+    ran: list[str] = []
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        ran.append(f"{cfg.label} {cfg.optimizer.lr} {cfg.seed}")
+        composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr * 10 + cfg.seed / 1000})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    asked, search = ["arm=fedavg,local", "seed=0,1"], sweep.search("optimizer.lr=1e-3,3e-3")
+    whole = sweep.run(tmp_path / "whole", asked, search, **how)
+    part = sweep.run(tmp_path / "part", ["arm=fedavg", "seed=0"], search, **how)
+    records.save(tmp_path / "kept.jsonl", part)
+    known = records.load([tmp_path / "kept.jsonl"])
+    ran.clear()
+    made = sweep.run(tmp_path / "rest", asked, search, known=known, **how)
+    assert sorted(ran) == ["FedAvg 0.003 1", "local 0.001 100", "local 0.003 0", "local 0.003 1", "local 0.003 100"]
+    assert page(evidence.rows(made.runs)) == page(evidence.rows(whole.runs)) and made.tuned == whole.tuned
+    ran.clear()
+    wider = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
+    sweep.run(tmp_path / "wider", ["arm=fedavg", "seed=0"], wider, known=known, **how)
+    assert "FedAvg 0.001 100" in ran, "another search than the one that is known"
+    ran.clear()
+    sweep.run(tmp_path / "other", ["arm=fedavg", "seed=0", "rounds=3", "optimizer.lr=3e-3"], None, known=known, **how)
+    assert ran == ["FedAvg 0.003 0"], "another budget"
 
 
 def test_data_are_called_by_what_chose_them():
@@ -359,12 +453,12 @@ def test_seeds_of_one_arm_are_one_row(tmp_path, arm):
         cfg = config.compose([f"arm={arm}", f"seed={seed}", f"run.dir={tmp_path}/{seed}"])
         paths.append(write_arm(tmp_path / str(seed), cfg.label, seed, {"0": 0.5}))
         (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    assert [len(row.by_seed) for row in evidence.rows(paths)] == [2, 2]
+    assert [len(row.by_seed) for row in rows_of(paths)] == [2, 2]
     other = config.compose([f"arm={arm}", "seed=2", "dataset.seed=5"])
     paths.append(write_arm(tmp_path / "2", other.label, 2, {"0": 0.5}))
     (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(other))
     with pytest.raises(ValueError, match=r"differ in dataset.seed"):
-        evidence.rows(paths)
+        rows_of(paths)
 
 
 def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
@@ -373,7 +467,7 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
         for rank in (4, 8)
         for label, right in (("FedAvg", 0.6), ("local", 0.5))
     ]
-    rows = evidence.rows(runs)
+    rows = rows_of(runs)
     assert evidence.against([row.label for row in rows], None) == "FedAvg"
     for rank in (4, 8):
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0 ¹"

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import build, config, evidence, plots, progress, report, summary, table
+from fedmm.runs import build, config, evidence, plots, progress, records, report, summary, table
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.progress import watch
 
@@ -145,7 +145,7 @@ def test_a_page_that_fetches_would_be_seen():
 
 def test_the_table_is_the_one_of_the_run(run, html):
     text = Page(html).text
-    arms = evidence.rows([run])
+    arms = evidence.rows(records.load([run]).runs)
     rows = table.cells(arms, table.short_columns(arms))
     assert [row[0] for row in rows] == ["zero-shot", "FedAvg", "FedNano"]
     for row in rows:
@@ -314,7 +314,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
     code, out = watched(finished)
     assert code == 0
     assert out.splitlines()[-1] == str(finished / "report.html")
-    rows = evidence.rows([finished])
+    rows = evidence.rows(records.load([finished]).runs)
     for cell in table.cells(rows, table.short_columns(rows))[-1]:
         assert cell in out
     assert max(map(len, out[out.rindex("finished: test") :].splitlines()[1:-1])) <= 80
@@ -323,7 +323,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
 
 
 def test_a_table_that_is_too_wide_loses_columns_and_no_word_is_broken(finished):
-    rows = evidence.rows([finished])
+    rows = evidence.rows(records.load([finished]).runs)
     whole, narrow = (progress._arms_table(finished, width) for width in (200, 45))
     assert [column.header for column in whole.columns] == [column.heading for column in table.short_columns(rows)]
     assert 2 <= len(narrow.columns) < len(whole.columns)

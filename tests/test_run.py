@@ -28,7 +28,7 @@ from fedmm.llm import wire
 from fedmm.llm.host import Host
 from fedmm.model import Model
 from fedmm.runs import client as client_side
-from fedmm.runs import evidence, home, summary
+from fedmm.runs import evidence, home, records, summary
 from fedmm.runs.config import load, quoted
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
 from fedmm.runs.settings import ConfigError
@@ -159,7 +159,7 @@ def test_centralised_is_one_client_with_everything(backbone, tmp_path):
 
 def test_arms_are_compared_in_one_run(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "compare=[local,fedavg,centralised]", "rounds=1")
-    labels = [row.label for row in evidence.rows([path])]
+    labels = [row.label for row in evidence.rows(records.load([path]).runs)]
     assert labels[0] == "zero-shot" and set(labels[1:]) == {"FedNano", "local", "FedAvg", "centralised"}
     alone = run(backbone, tmp_path / "alone", "arm=fedavg", "rounds=1")
     assert rounds(path / "arms" / "fedavg") == rounds(alone), "an arm is what it would be alone"
@@ -679,7 +679,11 @@ def test_arms_with_the_llm_here_and_there_stand_in_one_table(backbone, tmp_path)
     path = run(backbone, tmp_path / "run", "arm=fedavg", "compare=[feddat_llm]", "rounds=1")
     alone = run(backbone, tmp_path / "alone", "arm=fedavg", "rounds=1")
     assert rounds(path) == rounds(alone), "what is put into the LLM of one arm is in no other's"
-    assert {row.label for row in evidence.rows([path])} == {"zero-shot", "FedAvg", "FedDAT in the LLM"}
+    assert {row.label for row in evidence.rows(records.load([path]).runs)} == {
+        "zero-shot",
+        "FedAvg",
+        "FedDAT in the LLM",
+    }
 
 
 def test_a_client_that_sends_garbage(backbone, tmp_path):

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, results, sweep, table
+from fedmm.runs import config, evidence, records, sweep, table
 
 ASKED = [
     "arm=fedavg,local", "rounds=1", "clients=2", "batch_size=8", "edge.rank=4", "partition=iid",
@@ -54,7 +54,7 @@ def wait_for_summaries(path: Path, count: int) -> None:
 
 def shown(path: Path) -> list[tuple[str, ...]]:
     """All but seconds and bytes, which tell of the attempts too."""
-    rows = evidence.rows(results.runs_of([path]))
+    rows = evidence.rows(records.load([path]).runs)
     shown = [column for column in table.columns("FedAvg", rows) if column.heading in TABLE]
     return table.cells(rows, shown)
 

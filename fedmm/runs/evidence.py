@@ -4,25 +4,20 @@
     own      each client's accuracy on its own test part: mean over clients, the worst, spread (standard deviation)
     global   on everybody's test examples: of the one shared model, or the mean over clients' personal models
 
-From the files of the runs alone. Runs that differ in more than their seed are not averaged, but refused.
+From the records of the runs alone. Runs that differ in more than their seed are not averaged, but refused.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from fedmm.runs import summary
-from fedmm.runs.config import what
+from fedmm.runs.records import Run
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
@@ -90,26 +85,20 @@ def of_data(key: str) -> bool:
     return f"{key}.".startswith(_DATA)
 
 
-def rows(runs: Sequence[Path]) -> list[Row]:
+def rows(runs: Iterable[Run]) -> list[Row]:
     """A row an arm and data, by data, zero-shot first, then by rising own accuracy. Raises ValueError where two runs
     are of one seed, or of different settings under one name."""
-    found: dict[tuple[str, str], dict[int, tuple[Path, Mapping[str, Any]]]] = defaultdict(dict)
-    for folder in (folder for run in runs for folder in summary.arm_folders(run)):
-        told = json.loads((folder / "summary.json").read_text())
-        seeds = found[told["data"], told["label"]]
-        if told["seed"] in seeds:
+    found: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        data, label = run.summary["data"], run.summary["label"]
+        if other := found[data, label].get(run.seed):
             raise ValueError(
-                f"{folder} has {told['label']} with seed {told['seed']} again, after {seeds[told['seed']][0]}; "
+                f"{run.where} has {label} with seed {run.seed} again, after {other.where}; "
                 "give each seed once, and set label=... where arms differ in more than their method and rule"
             )
-        seeds[told["seed"]] = folder, told
+        found[data, label][run.seed] = run
     arms = [
-        Row(
-            data,
-            label,
-            {seed: told for seed, (_, told) in sorted(seeds.items())},
-            _agreed([folder for folder, _ in seeds.values()]),
-        )
+        Row(data, label, {seed: run.summary for seed, run in sorted(seeds.items())}, _agreed(list(seeds.values())))
         for (data, label), seeds in found.items()
     ]
     _on_one_footing(arms)
@@ -149,32 +138,26 @@ def _on_one_footing(arms: Sequence[Row]) -> None:
             )
 
 
-def _agreed(folders: Sequence[Path]) -> Mapping[str, Any]:
+def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
     """What the runs of a row were asked. Raises ValueError where they differ in more than their seed."""
-    seed, first = _settings(folders[0])
-    for folder in folders[1:]:
-        own, other = _settings(folder)
+    first = runs[0]
+    for run in runs[1:]:
         if differ := [
             key
-            for key in _differing(first, other)
-            if not (key.endswith(".seed") and (first.get(key), other.get(key)) == (seed, own))  # as a rule's
+            for key in _differing(first.settings, run.settings)
+            if not f".{key}".endswith(".seed")  # as a rule's
+            or (first.settings.get(key), run.settings.get(key)) != (first.seed, run.seed)
         ]:
             key = differ[0]
             raise ValueError(
-                f"{folders[0]} and {folder} have one label and differ in {key}: {first.get(key)!r} and "
-                f"{other.get(key)!r}; set label=... to tell them apart"
+                f"{first.where} and {run.where} have one label and differ in {key}: {first.settings.get(key)!r} and "
+                f"{run.settings.get(key)!r}; set label=... to tell them apart"
             )
-    return first
+    return {key: value for key, value in first.settings.items() if key != "seed"}
 
 
 def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
-
-
-def _settings(folder: Path) -> tuple[int, dict[str, Any]]:
-    """A run's seed, and its other settings by path."""
-    cfg: Any = OmegaConf.load(folder / "config.yaml")
-    return cfg.seed, {key: value for key, value in what(cfg).items() if key not in ("seed", "compare")}
 
 
 def mean(values: Iterable[float]) -> float | None:

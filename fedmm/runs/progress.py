@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmm.runs import evidence, summary, table
+from fedmm.runs import evidence, records, summary, table
 from fedmm.runs.derived import per_round
 from fedmm.runs.folder import read_rows
 
@@ -367,7 +367,7 @@ def _where(state: _Watched) -> str:
 
 def _arms_table(run: Path, width: int) -> Table:
     """What fits into so many characters, without a word broken; the report has the rest."""
-    rows = evidence.rows([run])
+    rows = evidence.rows(map(records.of_arm, summary.arm_folders(run)))
     shown = table.short_columns(rows)
     cells = table.cells(rows, shown)
     under = [(column.heading, *of) for column, *of in zip(shown, *cells, strict=True)]

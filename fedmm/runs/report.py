@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import evidence, home, plots, summary, table
+from fedmm.runs import evidence, home, plots, records, summary, table
 from fedmm.runs.build import splits
 from fedmm.runs.folder import read_rows
 from fedmm.runs.page import CHANNELS, PAGE
@@ -60,8 +60,9 @@ def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) ->
     )
     environment.filters |= {"bytes": plots.readable_bytes, "percent": _percent, "count": _count}
     cfg: Any = OmegaConf.load(run / "config.yaml")
-    arms = [_arm(folder) for folder in summary.arm_folders(run)]
-    rows = evidence.rows([run])
+    folders = summary.arm_folders(run)
+    arms = [_arm(folder) for folder in folders]
+    rows = evidence.rows(map(records.of_arm, folders))
     shown = table.short_columns(rows)
     return environment.from_string(PAGE).render(
         cfg=cfg,

@@ -1,4 +1,5 @@
-"""The page of several runs: their tables and one picture, with the command and the day they were made."""
+"""The page of several runs: their tables and one picture, with the command and the day they were made, and beside it
+the records they were made of."""
 
 from __future__ import annotations
 
@@ -9,48 +10,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import evidence, home, plots, summary, table
-
-COMMANDS = "commands.json"  # in a sweep's folder
-
-
-def runs_of(paths: Sequence[Path]) -> list[Path]:
-    """The finished runs in these folders, each a run's or a sweep's. Raises ValueError where one has none."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted((path / "runs").iterdir()) if (path / "runs").is_dir() else [path]
-        finished = [folder for folder in inside if summary.arm_folders(folder)]
-        if not finished:
-            raise ValueError(f"no finished run in {path}; a finished one has a summary.json")
-        found += finished
-    return found
+from fedmm.runs import evidence, home, plots, records, table
+from fedmm.runs.records import Records
 
 
 def note(sweep: Path, command: str) -> None:
     """Keep with a sweep's folder the command that has made a part of it, its day and its machine."""
-    home.write(sweep / COMMANDS, json.dumps(_noted(sweep) | {command: _now()}, indent=1).encode())
+    made = dict(records.beside(sweep).commands) | {command: _now()}
+    home.write(sweep / records.COMMANDS, json.dumps(made, indent=1).encode())
 
 
 def _now() -> str:
     return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
 
 
-def _noted(sweep: Path) -> dict[str, str]:
-    file = sweep / COMMANDS
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command: str, sweeps: Sequence[Path]) -> Path:
-    """Write `into`, a markdown file, and the picture beside it; returns `into`. `sweeps` tell by which commands they
-    were made and what they have chosen."""
-    tuned = [sweep / "tuned.json" for sweep in sweeps]
-    made = {command: _now()} | {asked: when for sweep in sweeps for asked, when in _noted(sweep).items()}
-    picture, shown = into.with_suffix(".png"), table.columns(against, rows)
+def write(into: Path, made_of: Records, against: str | None, command: str) -> Path:
+    """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`."""
+    rows = evidence.rows(made_of.runs)
+    picture, kept, shown = into.with_suffix(".png"), into.with_suffix(".jsonl"), table.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
+    records.save(kept, made_of)
+    made = {command: _now()} | dict(made_of.commands)
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
         "\n".join(f"- `{asked}`, {when}." for asked, when in made.items()),
-        table.reading(shown),
+        f"{table.reading(shown)} What each run was asked and its figures by client: [{kept.name}]({kept.name}).",
         table.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]
@@ -60,8 +44,8 @@ def write(into: Path, rows: Sequence[evidence.Row], against: str | None, command
             "Points of own accuracy above the client alone, mean over seeds and 95% interval, paired by seed.",
             gains,
         ]
-    if chosen := [row for file in tuned if file.exists() for row in json.loads(file.read_text())]:
-        parts += ["## Settings chosen on the validation split", _tuned(chosen)]
+    if made_of.tuned:
+        parts += ["## Settings chosen on the validation split", _tuned(made_of.tuned)]
     home.write(into, ("\n\n".join(parts) + "\n").encode())
     return into
 

@@ -29,8 +29,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import config, evidence, home, settings
+from fedmm.runs import config, evidence, home, records, settings
 from fedmm.runs.folder import alone
+from fedmm.runs.records import Records
 from fedmm.types import FedmmError
 
 TUNING_SEED = 100
@@ -157,16 +158,19 @@ def further(about: Mapping[str, Any], most: int) -> tuple[str, ...] | None:
 
 
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
-        say: Callable[[str], None], against: str | None = None) -> list[Job]:  # fmt: skip
-    """Run what is not done yet; returns the runs, all done. `check` plans a run's overrides and raises ValueError.
-    `against`: the label of an arm that must be among them.
+        say: Callable[[str], None], known: Records | None = None, against: str | None = None) -> Records:  # fmt: skip
+    """Run what is not done yet, in its folder or in what is `known`; returns the records of all that was asked.
+    `check` plans a run's overrides and raises ValueError. `against`: the label of an arm that must be among them.
 
     Raises ValueError with the mistakes of all runs before any starts, also where a folder holds another run, and
     FedmmError at the end where runs failed; the others are then done.
     """
     if "=" in path.name or (path / "config.yaml").exists():
         raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
+    known = known or Records()
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
+    chosen = {cell: about for cell in cells if tuned and (about := _known_choice(known, cell, tuned))}
+    cells = {cell: tried for cell, tried in cells.items() if cell not in chosen}
     tune_jobs = [job for tried in cells.values() for job in tried.values()]
     final = jobs(path / "runs", overrides)
     unplaced = [replace(job, overrides=job.overrides[:-1]) for job in final]  # their folders hold what tuning chose
@@ -175,12 +179,26 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     with alone(path):
         if tuned:
             key = tuned.key
-            chosen = _tuned(path / "tune", overrides, tuned, cells, lambda asked: _run_all(asked, at_once, say))
+            chosen |= _tuned(path / "tune", overrides, tuned, cells, lambda asked: _run_all(asked, at_once, say))
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
-            _check(final, check)
-            _note(path / "tuned.json", chosen)
-        _run_all(final, at_once, say)
-    return final
+            _note(path, chosen)
+        found = [known.run_with(records.settings_of(config.compose(job.overrides))) for job in final]
+        missing = [job for job, run in zip(final, found, strict=True) if run is None]
+        _check(missing, check)
+        if len(missing) < len(final):
+            say(f"{len(final) - len(missing)} of {len(final)} are known")
+        _run_all(missing, at_once, say)
+    runs = [run or records.of_arm(job.path) for job, run in zip(final, found, strict=True)]
+    beside = records.beside(path)
+    rows = [row for row in beside.tuned if tuple(row["combination"]) in chosen]
+    return Records(runs, rows, {**known.commands, **beside.commands})
+
+
+def _known_choice(known: Records, cell: Sequence[str], tuned: Search) -> Mapping[str, Any] | None:
+    """What a search that tried these values, and went on as far as this one would, has chosen; None where none has."""
+    about = known.choice(cell)
+    done = about and about["tried"].keys() >= set(tuned.values) and not further(about, len(tuned.values) + FURTHER)
+    return about if done else None
 
 
 def _tuned(
@@ -189,25 +207,26 @@ def _tuned(
     tuned: Search,
     cells: Mapping[tuple[str, ...], Mapping[str, Job]],
     run_all: Callable[[Sequence[Job]], None],
-) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What `best` says of every combination, once no search goes on; `cells` are the first trials."""
+) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """What `best` says of every combination of `cells`, the first trials, once no search goes on."""
     wider: dict[tuple[str, ...], Sequence[str]] = {}
     while True:
         run_all([job for tried in cells.values() for job in tried.values()])
-        chosen = {cell: best(tried) for cell, tried in cells.items()}
+        chosen: dict[tuple[str, ...], Mapping[str, Any]] = {cell: best(tried) for cell, tried in cells.items()}
         most = len(tuned.values) + FURTHER
         more = {cell: values for cell, about in chosen.items() if (values := further(about, most))}
         if not more:
             return chosen
         wider |= more
-        cells = trials(path, overrides, tuned, wider)
+        again = trials(path, overrides, tuned, wider)
+        cells = {cell: again[cell] for cell in cells}
 
 
-def _note(file: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
+def _note(path: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
     """What was chosen for each combination, beside what earlier parts of the sweep chose for theirs."""
-    known = {tuple(row["combination"]): row for row in json.loads(file.read_text())} if file.exists() else {}
-    rows = known | {cell: {"combination": list(cell), **about} for cell, about in chosen.items()}
-    home.write(file, json.dumps(list(rows.values()), indent=1).encode())
+    rows = {tuple(row["combination"]): row for row in records.beside(path).tuned}
+    rows |= {cell: {**about, "combination": list(cell)} for cell, about in chosen.items()}
+    home.write(path / records.TUNED, json.dumps(list(rows.values()), indent=1).encode())
 
 
 def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> None:
