@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     sweep.add_argument(
         "--known",
         type=Path,
-        help="a file of records, .jsonl, as compare --into leaves it: what it has is not run again",
+        help="records (.jsonl, as compare --into leaves them) or a sweep's folder: what is there is not run again",
     )
     sweep.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one a core")
     sweep.add_argument("--against", help="the arm that the others are set against, by its label; default: FedAvg")
@@ -129,9 +129,9 @@ def _sweep(
             check=server_app.plan,
             say=lambda text: print(text, flush=True),
             against=against,
+            command=command,
         )
-        results.note(path, command)
-        print(results.write(path / "results.md", made, against, command).read_text())
+        print(results.write(path / records.RESULTS, made, against, command).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

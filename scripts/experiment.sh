@@ -11,7 +11,8 @@ cd "$root"
 
 arms=${arms:-local,fedavg,fedprox,fednano,feddat,centralised,fedavg_llm}
 scenarios=${scenarios:-dirichlet,domain,function,scene,task}
-known=$(ls docs/RESULTS.jsonl 2>/dev/null || true)
+known=docs/RESULTS.jsonl
+[ -f "$known" ] || known=
 fedmm sweep runs/results "arm=$arms" "scenario=$scenarios" seed=0,1,2 evaluate.every=0 evaluate.predictions=false "$@" \
     --tune optimizer.lr=3e-3,6e-3,1.2e-2 ${known:+--known "$known"}
-fedmm compare ${known:+"$known"} runs/results/results.jsonl --into docs/RESULTS.md
+fedmm compare ${known:+"$known"} runs/results --into docs/RESULTS.md

@@ -245,12 +245,14 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
         assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", sweep.TUNING_SEED, 0)
     for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
         write_arm(job.path, "FedAvg", sweep.TUNING_SEED, {"0": right, "1": right})
-    about = sweep.best(tried)
-    assert about["chosen"] == "0.003" and not about["at_the_edge"]
+    choice = records.Choice.of(tuned.key, cell_, sweep.accuracies(tried))
+    assert choice.chosen == "0.003" and not choice.at_the_edge, "of equal ones the first"
     final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
     with pytest.raises(settings.ConfigError, match="gives one value"):
         sweep.search("optimizer.lr=1e-3")
+    with pytest.raises(settings.ConfigError, match="gives 0.001 twice"):
+        sweep.search("optimizer.lr=1e-3,3e-3,0.001")
     with pytest.raises(settings.ConfigError, match="seed=100 is that of the search"):
         sweep.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
 
@@ -315,8 +317,8 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     assert [run.settings["optimizer.lr"] for run in done.runs] == [3e-3, 3e-3]
     sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
     sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
-    known = [row["combination"] for row in json.loads((tmp_path / "tuned.json").read_text())]
-    assert known == [["arm=fedavg"], ["arm=local"]], "a later part keeps what an earlier one chose"
+    known = [choice.combination for choice in records.beside(tmp_path).choices]
+    assert known == [("arm=fedavg",), ("arm=local",)], "a later part keeps what an earlier one chose"
     with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
         sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
 
@@ -332,19 +334,20 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
         return True
 
     monkeypatch.setattr(sweep, "_run_one", fake)
-    asked = ["arm=fedavg,local,fedprox"], sweep.search("optimizer.lr=1e-3,2e-3,4e-3")
+    asked = ["arm=fedavg,local,fedprox"], sweep.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
     sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
-    told = {row["combination"][0]: row for row in json.loads((tmp_path / "tuned.json").read_text())}
-    assert list(told["arm=fedavg"]["tried"]) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
-    assert told["arm=fedavg"]["chosen"] == "0.016" and told["arm=fedavg"]["at_the_edge"]
-    assert list(told["arm=local"]["tried"]) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
-    assert list(told["arm=fedprox"]["tried"]) == ["0.001", "0.002", "0.004"] and not told["arm=fedprox"]["at_the_edge"]
-    assert sweep.further({"chosen": "b", "tried": {"a": 0, "c": 0, "b": 1}, "at_the_edge": True}, 5) is None
+    told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
+    assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
+    assert told["arm=fedavg"].chosen == "0.016" and told["arm=fedavg"].at_the_edge
+    assert list(told["arm=local"].tried) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
+    assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and not told["arm=fedprox"].at_the_edge
+    assert sweep.further(records.Choice("x", (), {}, {"a": 0, "c": 0, "b": 1}), 5) is None
+    assert sweep.further(records.Choice("x", (), {}, {"0": 0, "1": 0, "2": 1}), 5) is None
 
 
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
     for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
-        results.note(tmp_path, command)
+        records.note(tmp_path, command=command)
     told = replace(records.load(runs), commands=records.beside(tmp_path).commands)
     page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
     lines = [line for line in page.splitlines() if line.startswith("- `")]
@@ -362,25 +365,31 @@ def composed_arm(path: Path, asked: list[str], own: dict[str, float]) -> Path:
     return path
 
 
+def asked_of(*overrides: str) -> dict[str, object]:
+    return records.settings_of(config.compose(overrides))
+
+
 @pytest.mark.parametrize("arm", config.options("arm"))
 def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
     """Whatever its file made of lists, interpolations and small numbers; and not by where it ran."""
     made = composed_arm(tmp_path / "run", [f"arm={arm}", "seed=3", f"run.dir={tmp_path}/run"], {"0": 0.5})
-    records.save(tmp_path / "kept.jsonl", records.load([made, composed_arm(tmp_path / "x", ["seed=4"], {"0": 0.5})]))
-    kept = records.load([tmp_path / "kept.jsonl"])
-    for told in (kept, records.load([made])):
-        found = told.run_with(records.settings_of(config.compose([f"arm={arm}", "seed=3", "run.dir=/elsewhere"])))
-        assert found is not None and found.summary["final"]["own"] == {"0": 0.5}
-        assert told.run_with(records.settings_of(config.compose([f"arm={arm}", "seed=5"]))) is None
+    records.save(tmp_path / "kept.jsonl", records.load([made, composed_arm(tmp_path / "x", ["seed=4"], {"0": 0.6})]))
+    kept = records.load([tmp_path / "kept.jsonl"]).runs
+    for told in (kept, records.load([made]).runs):
+        (found,) = [run for run in told if run.settings == asked_of(f"arm={arm}", "seed=3", "run.dir=/elsewhere")]
+        assert found.summary["final"]["own"] == {"0": 0.5}
+        assert asked_of(f"arm={arm}", "seed=5") not in [run.settings for run in told]
 
 
 def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
     told = replace(
         records.load(runs), commands={"fedmm sweep": "2026-01-02"},
-        tuned=[{"combination": ["arm=fedavg"], "chosen": "0.1", "tried": {"0.1": 0.5}, "at_the_edge": False}],
+        choices=[records.Choice.of("optimizer.lr", ["arm=fedavg"], {"0.1": 0.5, "0.2": 0.6})],
     )  # fmt: skip
     first = results.write(tmp_path / "a" / "page.md", told, None, "fedmm compare").read_text()
+    assert "| arm=fedavg | optimizer.lr | 0.2 | 50.0 | 60.0 |" in first
     again = records.load([tmp_path / "a" / "page.jsonl"])
+    assert again.choices == told.choices
     assert results.write(tmp_path / "b" / "page.md", again, None, "fedmm compare").read_text() == first
     kept = [(tmp_path / of / "page.jsonl").read_text() for of in "ab"]
     assert kept[0] == kept[1]
@@ -397,46 +406,86 @@ def test_a_run_told_of_twice_with_other_figures_is_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, told", [("", "no line of it tells"), ("{}\n", "no line of it tells"), ("{}\n# Results", "line 2 is no json")]
+    "text, told",
+    [
+        ("", "no finished run to compare"),
+        ('{"settings": {}}\n# Results', "line 2, is no record"),
+        ('{"settings": {}}\n{"settings": {"rounds": 3}}', "line 2, is where another file of records begins"),
+        ('{"settings": {}, "summary": {}}', "line 1, is where another file of records begins, or the first line is"),
+        ('{"settings": {}}\n{"summary": {}}', "line 2, is no run, search or command, it has ['summary']"),
+    ],
 )
 def test_a_file_of_no_records_is_told(tmp_path, text, told, capsys):
-    (tmp_path / "page.md").write_text(text)
-    assert main(["compare", str(tmp_path / "page.md")]) == 2
+    (tmp_path / "page.jsonl").write_text(text)
+    assert main(["compare", str(tmp_path / "page.jsonl")]) == 2
     assert told in capsys.readouterr().err
-    assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "page.md")]) == 2
+    if text:
+        assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "page.jsonl")]) == 2
+        assert told in capsys.readouterr().err
     assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "typo.jsonl")]) == 2
-    assert not (tmp_path / "sweep").exists()
+    assert "typo.jsonl is not there" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
 
 
-def test_what_is_known_is_not_run_again(tmp_path, monkeypatch):
-    """A sweep in a new folder, given the records of an earlier one, runs what they lack, and its table is the same as
-    if it had run it all. A search that tried less than is asked for is no search."""
-    ran: list[str] = []
+def test_a_page_overwrites_no_records(runs, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text("precious")
+    assert main(["compare", *map(str, runs), "--into", str(tmp_path / "mine.jsonl")]) == 2
+    assert "must end in .md" in capsys.readouterr().err and (tmp_path / "mine.jsonl").read_text() == "precious"
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """What sweeps run, by label, rate and seed; each run ends at once, the better the higher its rate."""
+    told: list[str] = []
 
     def fake(job: sweep.Job) -> bool:
         cfg = config.compose(job.overrides)
-        ran.append(f"{cfg.label} {cfg.optimizer.lr} {cfg.seed}")
+        told.append(f"{cfg.label} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr * 10 + cfg.seed / 1000})
         return True
 
     monkeypatch.setattr(sweep, "_run_one", fake)
-    how = {"at_once": 1, "check": lambda _: None, "say": print}
-    asked, search = ["arm=fedavg,local", "seed=0,1"], sweep.search("optimizer.lr=1e-3,3e-3")
-    whole = sweep.run(tmp_path / "whole", asked, search, **how)
-    part = sweep.run(tmp_path / "part", ["arm=fedavg", "seed=0"], search, **how)
-    records.save(tmp_path / "kept.jsonl", part)
-    known = records.load([tmp_path / "kept.jsonl"])
+    return told
+
+
+def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
+    """A sweep in a new folder, given the records of an earlier one, runs what they lack, and its page is the same as if
+    it had run it all."""
+    tune = ["--tune", "optimizer.lr=1e-3,3e-3"]
+    assert main(["sweep", str(tmp_path / "whole"), "arm=fedavg,local", "seed=0,1", *tune]) == 0
+    assert main(["sweep", str(tmp_path / "part"), "arm=fedavg", "seed=0", *tune]) == 0
+    known = str(tmp_path / "part" / "results.jsonl")
     ran.clear()
-    made = sweep.run(tmp_path / "rest", asked, search, known=known, **how)
+    asked = ["arm=fedavg,local", "seed=0,1", *tune, "--known", known]
+    assert main(["sweep", str(tmp_path / "rest"), *asked]) == 0
     assert sorted(ran) == ["FedAvg 0.003 1", "local 0.001 100", "local 0.003 0", "local 0.003 1", "local 0.003 100"]
-    assert page(evidence.rows(made.runs)) == page(evidence.rows(whole.runs)) and made.tuned == whole.tuned
+    assert "1 of 4 are known\n" in capsys.readouterr().out
+    whole, rest = ((tmp_path / of / "results.md").read_text() for of in ("whole", "rest"))
+    commands = [line.split("`")[1].split()[:3] for line in rest.splitlines() if line.startswith("- `")]
+    assert commands == [["fedmm", "sweep", str(tmp_path / of)] for of in ("rest", "part")]
+    assert whole[whole.index("\nMean") :] == rest[rest.index("\nMean") :]
+    told = records.load([tmp_path / "rest"])
+    assert len(told.runs) == 4, "a sweep's folder tells of what it was given too"
+    assert sorted(told.commands) == sorted(records.load([tmp_path / "rest" / "results.jsonl"]).commands)
     ran.clear()
-    wider = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
-    sweep.run(tmp_path / "wider", ["arm=fedavg", "seed=0"], wider, known=known, **how)
-    assert "FedAvg 0.001 100" in ran, "another search than the one that is known"
+    assert main(["sweep", str(tmp_path / "again"), *asked[:-1], str(tmp_path / "rest")]) == 0
+    assert not ran and len(records.load([tmp_path / "again"]).runs) == 4
+
+
+def test_another_search_or_budget_is_not_known(tmp_path, ran):
+    how = {"at_once": 1, "check": lambda _: None}
+    said: list[str] = []
+    asked, search = ["arm=fedavg", "seed=0"], sweep.search("optimizer.lr=1e-3,3e-3")
+    known = sweep.run(tmp_path / "first", asked, search, say=said.append, **how)
     ran.clear()
-    sweep.run(tmp_path / "other", ["arm=fedavg", "seed=0", "rounds=3", "optimizer.lr=3e-3"], None, known=known, **how)
-    assert ran == ["FedAvg 0.003 0"], "another budget"
+    for number, other in enumerate(("optimizer.lr=1e-3,3e-3,9e-3", "clip_norm=1e-3,3e-3")):
+        sweep.run(tmp_path / f"{number}", asked, sweep.search(other), known=known, say=said.append, **how)
+        assert sum(line.endswith(" 100") for line in ran) >= 2, f"{other} is another search"
+        ran.clear()
+    sweep.run(tmp_path / "data", [*asked, "dataset.train=50"], search, known=known, say=said.append, **how)
+    assert len(ran) == 3, "the search was on other data"
+    ran.clear()
+    sweep.run(tmp_path / "fixed", [*asked, "rounds=3", "optimizer.lr=3e-3"], None, known=known, say=said.append, **how)
+    assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
 
 
 def test_data_are_called_by_what_chose_them():

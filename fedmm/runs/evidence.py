@@ -130,7 +130,7 @@ def _on_one_footing(arms: Sequence[Row]) -> None:
     for row in arms:
         other = first.setdefault((row.data, named(row.label)[1]), row)
         mine, theirs = row.scored_on, other.scored_on
-        if differ := _differing(theirs, mine):
+        if differ := differing(theirs, mine):
             key = differ[0]
             raise ValueError(
                 f"{other.label} and {row.label} are both on {row.data} and differ in {key}: {theirs.get(key)!r} and "
@@ -144,7 +144,7 @@ def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
     for run in runs[1:]:
         if differ := [
             key
-            for key in _differing(first.settings, run.settings)
+            for key in differing(first.settings, run.settings)
             if not f".{key}".endswith(".seed")  # as a rule's
             or (first.settings.get(key), run.settings.get(key)) != (first.seed, run.seed)
         ]:
@@ -156,7 +156,8 @@ def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
     return {key: value for key, value in first.settings.items() if key != "seed"}
 
 
-def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs, or what they were scored on, differ."""
     return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
@@ -195,8 +196,11 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
 
 
 def against(labels: Sequence[str], asked: str | None) -> str:
-    """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none."""
+    """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none, or
+    there are no arms."""
     labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
+    if not labels:
+        raise ValueError("there is no finished run to compare")
     wanted = asked or FEDAVG
     if any(wanted in (label, named(label)[0]) for label in labels):
         return wanted

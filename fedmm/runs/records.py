@@ -3,31 +3,39 @@
 A file of records keeps what a page of results was made of, so that the page outlives the runs' folders, others compare
 their own runs with it, and a sweep does not repeat what is in it. It is jsonl, a line each:
 
-    {"settings": {...}}                            what all its runs were asked alike, by path
-    {"settings": {...}, "summary": {...}}          a run: what else it was asked, and its summary.json
-    {"combination": [...], "chosen": ..., ...}     what a search chose, as in a sweep's tuned.json
-    {"command": ..., "when": ...}                  what made some of them
+    {"settings": {...}}                                                          what all its runs were asked alike
+    {"settings": {...}, "summary": {...}}                                        a run: what else, and its summary.json
+    {"settings": {...}, "search": "optimizer.lr", "combination": [...], "tried": {...}}           what a search found
+    {"command": ..., "when": ...}                                                what made some of them
+
+Settings are by path, as in `optimizer.lr`. They know a run again, not the code that made it: a record of another
+version of this package is as good as its changelog says.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedmm.runs import home, summary
-from fedmm.runs.config import what
+from fedmm.runs import config, home, summary
 
-TUNED, COMMANDS = "tuned.json", "commands.json"  # in a sweep's folder
+RESULTS = "results.md"  # a sweep's page, in its folder; its records lie beside it
+_CHOICES, _COMMANDS = "tuned.json", "commands.json"  # in a sweep's folder
+_COMMON, _RUN, _CHOICE, _COMMAND = (
+    {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "tried"}, {"command", "when"},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of one arm: where it is told of, its settings by path and its summary."""
+    """A finished run of one arm: where it is told of, its settings and its summary."""
 
     where: str
     settings: Mapping[str, Any]
@@ -39,28 +47,45 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a search over the values of one setting found for a combination of a sweep: accuracy by value, in the order
+    of the values. `settings` are the combination's, less the one that was searched and the seed."""
+
+    key: str
+    combination: tuple[str, ...]
+    settings: Mapping[str, Any]
+    tried: Mapping[str, float]
+
+    @property
+    def chosen(self) -> str:
+        """The value with the highest accuracy; of equal ones the first."""
+        return max(self.tried, key=lambda value: self.tried[value])
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best of three or more values is an end."""
+        values = list(self.tried)
+        return len(values) > 2 and self.chosen in (values[0], values[-1])
+
+    @classmethod
+    def of(cls, key: str, combination: Sequence[str], tried: Mapping[str, float]) -> Choice:
+        return cls(key, tuple(combination), _less(settings_of(config.compose(combination)), key), tried)
+
+
+@dataclass(frozen=True)
 class Records:
     """Runs, what searches chose, and the commands that made them with their days."""
 
     runs: Sequence[Run] = ()
-    tuned: Sequence[Mapping[str, Any]] = ()
+    choices: Sequence[Choice] = ()
     commands: Mapping[str, str] = field(default_factory=dict)
-
-    def run_with(self, settings: Mapping[str, Any]) -> Run | None:
-        """The run that was asked just this."""
-        return next((run for run in self.runs if run.settings == settings), None)
-
-    def choice(self, combination: Sequence[str]) -> Mapping[str, Any] | None:
-        """What a search chose for a combination, in whatever order it was asked."""
-        return next((row for row in self.tuned if sorted(row["combination"]) == sorted(combination)), None)
 
 
 def settings_of(cfg: Any) -> dict[str, Any]:
     """What a run is asked, by path, as json has it; not where and how long, nor what is compared with it."""
-    found = {
-        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in what(cfg).items()
-    }
-    return {key: value for key, value in found.items() if key != "compare"}
+    found = config.what(cfg).items()
+    plain = {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in found}
+    return {key: value for key, value in plain.items() if key != "compare"}
 
 
 def of_arm(folder: Path) -> Run:
@@ -71,68 +96,120 @@ def of_arm(folder: Path) -> Run:
 
 def load(paths: Iterable[Path]) -> Records:
     """What these folders, each a run's or a sweep's, and files of records tell. A run that is told of twice alike is
-    one. Raises ValueError where a path has no finished run, or a file is no file of records."""
+    one. Raises ValueError where a folder has no finished run, or a file is no file of records."""
     found = [_of_folder(path) if path.is_dir() else _read(path) for path in paths]
     runs: list[Run] = []
     for run in (run for records in found for run in records.runs):
         if not any((run.settings, run.summary) == (other.settings, other.summary) for other in runs):
             runs.append(run)
-    tuned = {tuple(sorted(row["combination"])): row for records in found for row in records.tuned}
+    choices = {(choice.key, *sorted(choice.combination)): choice for records in found for choice in records.choices}
     commands = {command: when for records in found for command, when in records.commands.items()}
-    return Records(runs, list(tuned.values()), commands)
-
-
-def beside(sweep: Path) -> Records:
-    """What a sweep's folder tells beside its runs: what searches chose, and the commands."""
-    return Records((), _json(sweep / TUNED, []), _json(sweep / COMMANDS, {}))
+    return Records(runs, list(choices.values()), commands)
 
 
 def save(file: Path, records: Records) -> None:
     """Write a file of records."""
-    shared = [run.settings.items() for run in records.runs]
-    first = dict(shared[0]) if shared else {}
-    common: dict[str, Any] = {
-        key: value for key, value in first.items() if all((key, value) in items for items in shared)
-    }
-    lines: list[Mapping[str, Any]] = [{"settings": common}]
+    asked = [run.settings.items() for run in records.runs]
+    first = dict(asked[0]) if asked else {}
+    common = {key: value for key, value in first.items() if all((key, value) in items for items in asked)}.items()
+    lines: list[Mapping[str, Any]] = [{"settings": dict(common)}]
     for run in sorted(records.runs, key=lambda run: (run.summary["data"], run.summary["label"], run.seed)):
-        own = {key: value for key, value in run.settings.items() if key not in common}
+        own = {key: value for key, value in run.settings.items() if (key, value) not in common}
         lines.append({"settings": own, "summary": run.summary})
-    lines += records.tuned
+    for row in map(_row, records.choices):
+        own = {key: value for key, value in row["settings"].items() if (key, value) not in common}
+        lines.append(row | {"settings": own})
     lines += [{"command": command, "when": when} for command, when in records.commands.items()]
     home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def _read(file: Path) -> Records:
-    rows = list(_rows(file))
-    common: dict[str, Any] = next((row["settings"] for row in rows if row.keys() == {"settings"}), {})
-    runs = [Run(str(file), common | row["settings"], row["summary"]) for row in rows if "summary" in row]
-    if not runs and not any("chosen" in row for row in rows):
-        raise ValueError(f"{file} is no file of records: no line of it tells of a run; fedmm compare --into writes one")
-    tuned = [row for row in rows if "chosen" in row]
-    return Records(runs, tuned, {row["command"]: row["when"] for row in rows if "command" in row})
+# ---- a sweep's folder -----------------------------------------------------------------------------------------------
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.exists():
-        raise ValueError(f"{file} is not there; name a run's folder, a sweep's, or a file of records")
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file} is no file of records: line {number} is no json object; name a run's folder, "
-                             "or the .jsonl that fedmm compare --into leaves beside its page")  # fmt: skip
-        yield row
+def beside(sweep: Path) -> Records:
+    """What a sweep's folder tells beside its runs: what searches chose, and the commands."""
+    return Records((), [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
+
+
+def note(sweep: Path, *, choices: Iterable[Choice] = (), command: str | None = None) -> None:
+    """Keep with a sweep's folder what searches chose, and a command with the first day that made a part of it."""
+    known = beside(sweep)
+    rows = {(choice.key, choice.combination): _row(choice) for choice in (*known.choices, *choices)}
+    home.write(sweep / _CHOICES, json.dumps(list(rows.values()), indent=1).encode())
+    made = ({command: now()} if command else {}) | dict(known.commands)
+    home.write(sweep / _COMMANDS, json.dumps(made, indent=1).encode())
+
+
+def now() -> str:
+    """The day and the machine, as a page tells them."""
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
 
 
 def _of_folder(path: Path) -> Records:
+    """A sweep given records has no folder for what it found in them; the records of its page have it."""
     inside = sorted((path / "runs").iterdir()) if (path / "runs").is_dir() else [path]
     runs = [of_arm(arm) for folder in inside for arm in summary.arm_folders(folder)]
+    page = (path / RESULTS).with_suffix(".jsonl")
+    known, told = _read(page) if page.exists() else Records(), beside(path)
+    runs += [run for run in known.runs if not any(run.settings == own.settings for own in runs)]
     if not runs:
         raise ValueError(f"no finished run in {path}; a finished one has a summary.json")
-    return replace(beside(path), runs=runs)
+    return Records(runs, told.choices, {**known.commands, **told.commands})
+
+
+# ---- lines ----------------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> Records:
+    if not file.exists():
+        raise ValueError(f"{file} is not there; name a run's folder, a sweep's, or a file of records")
+    common: Mapping[str, Any] | None = None
+    runs, choices, commands = [], [], {}
+    for line, row in _rows(file):
+        if common is None or row.keys() == _COMMON:
+            if common is not None or row.keys() != _COMMON:
+                raise ValueError(f"{line} is where another file of records begins, or the first line is missing; "
+                                 "name several files, each by itself")  # fmt: skip
+            common = row["settings"]
+        elif row.keys() == _RUN:
+            runs.append(Run(str(file), {**common, **row["settings"]}, row["summary"]))
+        elif row.keys() == _CHOICE:
+            choices.append(_choice(row | {"settings": _less({**common, **row["settings"]}, row["search"])}))
+        elif row.keys() == _COMMAND:
+            commands[row["command"]] = row["when"]
+        else:
+            raise ValueError(f"{line} is no run, search or command, it has {sorted(row)}; is it of another version?")
+    return Records(runs, choices, commands)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place and what it says."""
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        line = f"{file}, line {number},"
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{line} is no record; name a run's folder, a sweep's, or the .jsonl that "
+                             "fedmm compare --into leaves beside its page")  # fmt: skip
+        yield line, row
+
+
+def _row(choice: Choice) -> dict[str, Any]:
+    return {
+        "settings": dict(choice.settings), "search": choice.key, "combination": list(choice.combination),
+        "tried": dict(choice.tried),
+    }  # fmt: skip
+
+
+def _choice(row: Mapping[str, Any]) -> Choice:
+    return Choice(row["search"], tuple(row["combination"]), row["settings"], row["tried"])
+
+
+def _less(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Without what was searched and without the seed."""
+    return {name: value for name, value in settings.items() if name not in (key, "seed")}
 
 
 def _json(file: Path, nothing: Any) -> Any:

@@ -3,34 +3,25 @@ the records they were made of."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedmm.runs import evidence, home, plots, records, table
-from fedmm.runs.records import Records
-
-
-def note(sweep: Path, command: str) -> None:
-    """Keep with a sweep's folder the command that has made a part of it, its day and its machine."""
-    made = dict(records.beside(sweep).commands) | {command: _now()}
-    home.write(sweep / records.COMMANDS, json.dumps(made, indent=1).encode())
-
-
-def _now() -> str:
-    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores"
+from fedmm.runs.records import Choice, Records
 
 
 def write(into: Path, made_of: Records, against: str | None, command: str) -> Path:
-    """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`."""
+    """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`.
+
+    Raises ValueError for a name that is no markdown file's: the others take its name with an ending of their own.
+    """
+    if into.suffix != ".md":
+        raise ValueError(f"--into {into} must end in .md; picture and records take its name, with .png and .jsonl")
     rows = evidence.rows(made_of.runs)
     picture, kept, shown = into.with_suffix(".png"), into.with_suffix(".jsonl"), table.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     records.save(kept, made_of)
-    made = {command: _now()} | dict(made_of.commands)
+    made = {command: records.now()} | dict(made_of.commands)
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
         "\n".join(f"- `{asked}`, {when}." for asked, when in made.items()),
@@ -44,17 +35,21 @@ def write(into: Path, made_of: Records, against: str | None, command: str) -> Pa
             "Points of own accuracy above the client alone, mean over seeds and 95% interval, paired by seed.",
             gains,
         ]
-    if made_of.tuned:
-        parts += ["## Settings chosen on the validation split", _tuned(made_of.tuned)]
+    if made_of.choices:
+        parts += ["## Settings chosen on the validation split", _chosen(made_of.choices)]
     home.write(into, ("\n\n".join(parts) + "\n").encode())
     return into
 
 
-def _tuned(found: Sequence[Mapping[str, Any]]) -> str:
-    values = list(dict.fromkeys(value for row in found for value in row["tried"]))
-    lines = ["| combination | chosen | " + " | ".join(values) + " |", "| --- |" + " ---: |" * (1 + len(values))]
-    for row in found:
-        tried = " | ".join(f"{100 * row['tried'][v]:.1f}" if v in row["tried"] else "–" for v in values)
-        edge = " (edge)" if row["at_the_edge"] else ""
-        lines.append(f"| {' '.join(row['combination'])} | {row['chosen']}{edge} | {tried} |")
+def _chosen(choices: Sequence[Choice]) -> str:
+    """What each search found, a column for each value that any of them tried."""
+    values = list(dict.fromkeys(value for choice in choices for value in choice.tried))
+    lines = [
+        "| combination | setting | chosen | " + " | ".join(values) + " |",
+        "| --- | --- |" + " ---: |" * (1 + len(values)),
+    ]
+    for choice in choices:
+        tried = " | ".join(f"{100 * choice.tried[v]:.1f}" if v in choice.tried else "–" for v in values)
+        edge = " (edge)" if choice.at_the_edge else ""
+        lines.append(f"| {' '.join(choice.combination)} | {choice.key} | {choice.chosen}{edge} | {tried} |")
     return "Own accuracy in per cent of a seed used for nothing else.\n\n" + "\n".join(lines)

@@ -9,29 +9,30 @@ most. A run is done when it has its summary; what is done is not repeated, what 
 
 The same folder takes more values later: what it holds of them is done.
 
-    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/tuned.json  what was chosen     DIR/results.md
-    DIR/commands.json
+    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/tuned.json  what was chosen
+    DIR/commands.json     DIR/results.md  .png  .jsonl
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmm.runs import config, evidence, home, records, settings
+from fedmm.runs import config, evidence, records, settings
 from fedmm.runs.folder import alone
-from fedmm.runs.records import Records
+from fedmm.runs.records import Choice, Records, Run
 from fedmm.types import FedmmError
 
 TUNING_SEED = 100
@@ -71,12 +72,17 @@ class Search:
 
 
 def search(text: str | None) -> Search | None:
-    """`optimizer.lr=3e-3,6e-3` as a search. Raises ConfigError where it gives fewer than two values."""
+    """`optimizer.lr=3e-3,6e-3` as a search, numbers in rising order. Raises ConfigError where it gives fewer than two
+    values, or one twice."""
     if text is None:
         return None
     ((key, values),) = config.axes([text]).items()
     if len(values) < 2:
         raise settings.ConfigError(f"--tune {text} gives one value; name two or more, as in optimizer.lr=3e-3,6e-3")
+    if all(map(_number, values)):
+        values = tuple(sorted(values, key=float))
+    if twice := [value for value, beside in itertools.pairwise(values) if value == beside or _same(value, beside)]:
+        raise settings.ConfigError(f"--tune {text} gives {twice[0]} twice; leave one out")
     return Search(key, values)
 
 
@@ -126,41 +132,39 @@ def trials(
     return made
 
 
-def best(tried: Mapping[str, Job]) -> dict[str, Any]:
-    """The value with the highest own accuracy, mean over clients, and all that were tried; of equal ones the first."""
-    accuracy = {}
+def accuracies(tried: Mapping[str, Job]) -> dict[str, float]:
+    """Own accuracy, mean over clients, of each value's run."""
+    found = {}
     for value, job in tried.items():
         own = json.loads((job.path / "summary.json").read_text())["final"]["own"]
         if not own:
             raise FedmmError(f"{job.path} scored no client; see {job.log}")
-        accuracy[value] = statistics.fmean(own.values())
-    values = list(tried)
-    chosen = max(values, key=lambda value: accuracy[value])
-    edge = len(values) > 2 and chosen in (values[0], values[-1])
-    return {"chosen": chosen, "tried": accuracy, "at_the_edge": edge}
+        found[value] = statistics.fmean(own.values())
+    return found
 
 
-def further(about: Mapping[str, Any], most: int) -> tuple[str, ...] | None:
+def further(choice: Choice, most: int) -> tuple[str, ...] | None:
     """The values tried and one beyond the end that was best; None where none was, `most` are tried, or they are no
-    rising or falling positive numbers."""
-    values = tuple(about["tried"])
-    if not about["at_the_edge"] or len(values) >= most:
+    positive numbers."""
+    values = tuple(choice.tried)
+    if (
+        not choice.at_the_edge
+        or len(values) >= most
+        or not all(_number(value) and float(value) > 0 for value in values)
+    ):
         return None
-    first = about["chosen"] == values[0]
+    first = choice.chosen == values[0]
     end, beside = values[:2] if first else values[:-3:-1]
-    try:
-        beyond = float(end) ** 2 / float(beside)
-    except (ValueError, ZeroDivisionError):
-        return None
-    if not 0 < beyond != float(end):
-        return None
-    return (f"{beyond:g}", *values) if first else (*values, f"{beyond:g}")
+    beyond = f"{float(end) ** 2 / float(beside):g}"
+    return (beyond, *values) if first else (*values, beyond)
 
 
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
-        say: Callable[[str], None], known: Records | None = None, against: str | None = None) -> Records:  # fmt: skip
+        say: Callable[[str], None], known: Records | None = None, against: str | None = None,
+        command: str | None = None) -> Records:  # fmt: skip
     """Run what is not done yet, in its folder or in what is `known`; returns the records of all that was asked.
     `check` plans a run's overrides and raises ValueError. `against`: the label of an arm that must be among them.
+    `command` is kept as what made them.
 
     Raises ValueError with the mistakes of all runs before any starts, also where a folder holds another run, and
     FedmmError at the end where runs failed; the others are then done.
@@ -169,7 +173,7 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
         raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
     known = known or Records()
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
-    chosen = {cell: about for cell in cells if tuned and (about := _known_choice(known, cell, tuned))}
+    chosen = _known_choices(known, cells, tuned) if tuned else {}
     cells = {cell: tried for cell, tried in cells.items() if cell not in chosen}
     tune_jobs = [job for tried in cells.values() for job in tried.values()]
     final = jobs(path / "runs", overrides)
@@ -177,28 +181,52 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     _check([*tune_jobs, *unplaced] if tuned else final, check)
     evidence.against(_told_apart(final), against)
     with alone(path):
+        records.note(path, command=command)
         if tuned:
             key = tuned.key
             chosen |= _tuned(path / "tune", overrides, tuned, cells, lambda asked: _run_all(asked, at_once, say))
-            final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)]['chosen']}"])
-            _note(path, chosen)
-        found = [known.run_with(records.settings_of(config.compose(job.overrides))) for job in final]
-        missing = [job for job, run in zip(final, found, strict=True) if run is None]
-        _check(missing, check)
-        if len(missing) < len(final):
-            say(f"{len(final) - len(missing)} of {len(final)} are known")
+            final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)].chosen}"])
+            records.note(path, choices=chosen.values())
+        found = _known_runs(known, final, say)
+        missing = [job for job in final if job not in found]
+        if tuned:
+            _check(missing, check)
         _run_all(missing, at_once, say)
-    runs = [run or records.of_arm(job.path) for job, run in zip(final, found, strict=True)]
-    beside = records.beside(path)
-    rows = [row for row in beside.tuned if tuple(row["combination"]) in chosen]
-    return Records(runs, rows, {**known.commands, **beside.commands})
+    runs = [found.get(job) or records.of_arm(job.path) for job in final]
+    return Records(runs, list(chosen.values()), {**known.commands, **records.beside(path).commands})
 
 
-def _known_choice(known: Records, cell: Sequence[str], tuned: Search) -> Mapping[str, Any] | None:
-    """What a search that tried these values, and went on as far as this one would, has chosen; None where none has."""
-    about = known.choice(cell)
-    done = about and about["tried"].keys() >= set(tuned.values) and not further(about, len(tuned.values) + FURTHER)
-    return about if done else None
+def _known_choices(known: Records, cells: Iterable[tuple[str, ...]], tuned: Search) -> dict[tuple[str, ...], Choice]:
+    """What a search of the same setting has chosen for a combination, where it tried these values and went on as far
+    as this one would."""
+    found = {}
+    for cell in cells:
+        asked = Choice.of(tuned.key, cell, {})
+        for choice in known.choices:
+            same = (choice.key, choice.settings) == (asked.key, asked.settings)
+            if same and choice.tried.keys() >= set(tuned.values) and not further(choice, len(tuned.values) + FURTHER):
+                found[cell] = choice
+    return found
+
+
+def _known_runs(known: Records, asked: Sequence[Job], say: Callable[[str], None]) -> dict[Job, Run]:
+    """What was asked just this. Says of how many that is so, and why not of the first that goes by the same name."""
+    found: dict[Job, Run] = {}
+    odd: list[str] = []
+    for job in asked if known.runs else ():
+        wanted = records.settings_of(config.compose(job.overrides))
+        for run in known.runs:
+            differ = evidence.differing(run.settings, wanted)
+            if not differ:
+                found[job] = run
+            elif all(run.settings.get(key) == wanted[key] for key in ("data", "label", "seed")):
+                key = differ[0]
+                odd.append(
+                    f"{job.name} is known with {key}={run.settings.get(key)!r}, and not with {wanted.get(key)!r}"
+                )
+    if known.runs:
+        say(f"{len(found)} of {len(asked)} are known" + (f"; {odd[0]}" if odd else ""))
+    return found
 
 
 def _tuned(
@@ -207,26 +235,19 @@ def _tuned(
     tuned: Search,
     cells: Mapping[tuple[str, ...], Mapping[str, Job]],
     run_all: Callable[[Sequence[Job]], None],
-) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    """What `best` says of every combination of `cells`, the first trials, once no search goes on."""
+) -> dict[tuple[str, ...], Choice]:
+    """What was chosen for every combination of `cells`, the first trials, once no search goes on."""
     wider: dict[tuple[str, ...], Sequence[str]] = {}
     while True:
         run_all([job for tried in cells.values() for job in tried.values()])
-        chosen: dict[tuple[str, ...], Mapping[str, Any]] = {cell: best(tried) for cell, tried in cells.items()}
+        chosen = {cell: Choice.of(tuned.key, cell, accuracies(tried)) for cell, tried in cells.items()}
         most = len(tuned.values) + FURTHER
-        more = {cell: values for cell, about in chosen.items() if (values := further(about, most))}
+        more = {cell: values for cell, choice in chosen.items() if (values := further(choice, most))}
         if not more:
             return chosen
         wider |= more
         again = trials(path, overrides, tuned, wider)
         cells = {cell: again[cell] for cell in cells}
-
-
-def _note(path: Path, chosen: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
-    """What was chosen for each combination, beside what earlier parts of the sweep chose for theirs."""
-    rows = {tuple(row["combination"]): row for row in records.beside(path).tuned}
-    rows |= {cell: {**about, "combination": list(cell)} for cell, about in chosen.items()}
-    home.write(path / records.TUNED, json.dumps(list(rows.values()), indent=1).encode())
 
 
 def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> None:
@@ -324,6 +345,17 @@ def _name(pairs: Mapping[str, str], several: Sequence[str]) -> str:
     others = sorted(set(several) - {*_IN_NAME, "seed"})  # in whatever order they were asked
     keys = [key for key in (*_IN_NAME, *others, "seed") if key in pairs]
     return "_".join(re.sub(r"[^\w.-]+", "-", f"{key}={pairs[key]}") for key in keys)
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _same(value: str, other: str) -> bool:
+    return _number(value) and _number(other) and float(value) == float(other)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
