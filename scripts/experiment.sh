@@ -4,7 +4,7 @@
 # docs/RESULTS.jsonl has already is not run again; without that file it is some 260 runs, hours on two cores.
 #
 #     bash scripts/experiment.sh [OVERRIDE...]        runs in runs/results/; a sweep that was stopped goes on
-#     arms=local,fedavg,feddat scenarios=domain bash scripts/experiment.sh        a part of it, beside what is known
+#     arms=fedavg,feddat_llm scenarios=domain bash scripts/experiment.sh        any part, any arms of conf/arm, beside them
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up
 cd "$root"

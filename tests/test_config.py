@@ -238,6 +238,20 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (["arm=feddat", "rule=stack", "edge.lora.rank=2"], "whose one set is shared"),
         (["arm=feddat", "rule=stack", "edge.lora.rank=2"], "LoRA"),
         (["arm=feddat", "method.step.teacher=[frozen]"], "method.step.teacher=['frozen'] has nothing that trains"),
+        (
+            ["arm=feddat", "method.step.student=[local]"],
+            "method.sets has shared, which no branch of method.step trains",
+        ),
+        (
+            ["arm=fedprox", "method.sets=[local]", "method.use=[local]", "method.step.use=[local]"],
+            "method.step.near=['shared'] needs shared in method.sets",
+        ),
+        (
+            ["arm=fednano_ef", "method.sets=[local]", "method.use=[local]", "rule=mean"],
+            "method.fisher is of the shared adapters, which method.sets=['local'] lacks",
+        ),
+        (["arm=multi_krum", "rule.keep=5"], "rule.keep=5 of 5 clients in a round keeps some of rule.byzantine=1"),
+        (["arm=trimmed_mean", "rule.trim=1.5"], "or a whole number of clients from 1, got 1.5"),
         (["arm=feddat", "method.step.temperature=0"], "method.step.temperature must be at least 0.01"),
         (["arm=feddat", "method.step.ramp=-1"], "method.step.ramp must be at least 0"),
         (["arm=fedprox", "method.step.mu=-1"], "method.step.mu must be at least 0"),

@@ -74,6 +74,23 @@ def test_figures_by_hand(runs):
     assert cell(rows, "FedAvg", "LLM samples") == "640" and cell(rows, "zero-shot", "LLM samples") == "0"
 
 
+def test_what_scoring_moves_is_no_cost_of_an_arm(runs, tmp_path):
+    moved = {"steps": [3_000_000, 0], "answers": [9_000_000, 0], "features": [5_000_000, 0], "adapters": [1_000_000, 0]}
+    rows = rows_of([*runs, write_arm(tmp_path / "x", "X", 0, {"0": 0.5}, bytes=moved)])
+    assert [cell(rows, "X", of) for of in ("link MB", "scoring MB", "features MB")] == ["4.0", "9.0", "5.0"]
+
+
+def test_clients_that_a_seed_deals_out_anew_are_not_averaged(runs, tmp_path):
+    assert "| domain | FedAvg |" in table.by_client(rows_of(runs))
+    dealt = []
+    for seed in range(2):
+        start = {"global": 0.3, "own": {"0": 0.2 + seed / 10, "1": 0.3}}
+        for label in ("local", "FedAvg"):
+            path = tmp_path / f"{label}-{seed}"
+            dealt.append(write_arm(path, label, seed, {"0": 0.5, "1": 0.6}, data="dirichlet", zero_shot=start))
+    assert table.by_client(rows_of(dealt)) == "" and "dirichlet" not in table.by_client(rows_of([*runs, *dealt]))
+
+
 def test_one_seed_is_marked(runs):
     text = page(rows_of(runs[:2]))
     assert "| 1 ¹ |" in text and "¹ one seed" in text and "±" not in text

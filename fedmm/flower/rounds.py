@@ -216,7 +216,7 @@ class _Arm:
         if lowrank.error_cost(before, len(honest)) > ERROR_COST_LIMIT:
             log.warning("round %d: the rule's product error is not told: %d clients are too many", round, len(honest))
             return None
-        weights = self.cfg.rule.get("weights", "examples")
+        weights = self.cfg.rule.get("weights", "uniform")  # a rule that takes none counts all alike
         found = lowrank.product_error(
             merged, before, self.folder.updates(round, honest), scale=self.scale, weights=weights
         )

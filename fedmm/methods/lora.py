@@ -17,9 +17,15 @@ def lora(model: Model, batch: Batch, step: Step, *, use: Sequence[str] = ("share
 
 
 def fedprox(
-    model: Model, batch: Batch, step: Step, *, mu: float = 0.01, use: Sequence[str] = ("shared",)
+    model: Model,
+    batch: Batch,
+    step: Step,
+    *,
+    mu: float = 0.01,
+    use: Sequence[str] = ("shared",),
+    near: Sequence[str] = ("shared",),
 ) -> Iterator[Tensor]:
-    """Answer cross-entropy held near the received state.
+    """Answer cross-entropy, and the sets `near` held near the received state.
 
         CE + mu / 2 |theta - anchor|^2
 
@@ -27,7 +33,7 @@ def fedprox(
     """
     loss = model.answer_loss(batch, use)
     if mu:
-        shared = model.edge.trainable("shared")
-        distance = sum((parameter - step.anchor[name].to(parameter)).pow(2).sum() for name, parameter in shared.items())
+        held = [(step.anchor[name], parameter) for of in near for name, parameter in model.edge.trainable(of).items()]
+        distance = sum((parameter - anchor.to(parameter)).pow(2).sum() for anchor, parameter in held)
         loss = loss + mu / 2 * torch.as_tensor(distance)
     yield loss

@@ -125,7 +125,15 @@ def _method(cfg: Config) -> Iterator[str]:
         yield f"method.use={list(cfg.method.use)} must name one or more of method.sets={list(cfg.method.sets)}"
     if (own := _own_schema(cfg)) and own != (cfg.schema or {}).get("_target_"):
         yield f"method.step has a schema of its own, {own}; leave schema=... out, or choose another method"
-    for name, sets in _sets_asked(cfg):
+    asked = list(_sets_asked(cfg))
+    if idle := set(cfg.method.sets) - {"frozen", *(name for _, sets in asked for name in sets)} if asked else None:
+        yield f"method.sets has {min(idle)}, which no branch of method.step trains; take it out, or name it in one"
+    if cfg.method.fisher and "shared" not in cfg.method.sets:
+        yield (
+            f"method.fisher is of the shared adapters, which method.sets={list(cfg.method.sets)} lacks; name shared, "
+            "or set method.fisher=null and rule=mean"
+        )
+    for name, sets in asked:
         if lacking := sorted(set(sets) - set(cfg.method.sets)):
             yield f"method.step.{name}={sets} needs {lacking[0]} in method.sets, got {list(cfg.method.sets)}"
         elif set(sets) <= {"frozen"}:
@@ -135,12 +143,19 @@ def _method(cfg: Config) -> Iterator[str]:
 def _rule(cfg: Config) -> Iterator[str]:
     """How many clients a robust rule needs; the rest its rehearsal says."""
     K = per_round(cfg)
-    byzantine, trim = ((cfg.rule or {}).get(name) for name in ("byzantine", "trim"))
+    byzantine, keep, trim = ((cfg.rule or {}).get(name) for name in ("byzantine", "keep", "trim"))
     if isinstance(byzantine, int) and 2 * byzantine + 3 > K:
         yield (
             f"rule.byzantine={byzantine} needs at least {2 * byzantine + 3} clients in a round, got {K}; "
             "lower it, or raise clients or clients_per_round"
         )
+    elif isinstance(byzantine, int) and isinstance(keep, int) and keep > K - byzantine:
+        yield (
+            f"rule.keep={keep} of {K} clients in a round keeps some of rule.byzantine={byzantine}; lower one, or raise "
+            "clients or clients_per_round"
+        )
+    if isinstance(trim, float) and trim >= 1 and trim != int(trim):
+        yield f"rule.trim must be a share below 0.5, or a whole number of clients from 1, got {trim:g}"
     if isinstance(trim, int | float) and (0 <= trim < 0.5 or trim >= 1) and trimmed.dropped(trim, K) * 2 >= K:
         yield (
             f"rule.trim={trim:g} must leave one of {K} clients in a round, and drops {trimmed.dropped(trim, K)} at "

@@ -44,6 +44,12 @@ class Row:
         """Rounds, epochs in each and examples a step, where the configuration has them."""
         return " x ".join(str(self.settings.get(key, "–")) for key in ("rounds", "epochs", "batch_size"))
 
+    @property
+    def same_clients(self) -> bool:
+        """Whether a client has the same questions with every seed: the start answers as many of them."""
+        starts = [found["zero_shot"]["own"] for found in self.by_seed.values()]
+        return all(start == starts[0] for start in starts)
+
     def overall(self) -> dict[int, float]:
         """Global accuracy by seed, where it was measured."""
         return {

@@ -13,7 +13,10 @@ from fedmm.runs.evidence import LOCAL, STARTS, Row, against, gaps, interval, mea
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
-_ONCE_APART = "of all rounds; features and frozen parts, which go once, apart"
+SCORING = (
+    "answers"  # the channel of what scoring moves, which is no cost of an arm: a personal one is scored everywhere
+)
+_APART = "of all rounds; what goes once (features, frozen parts) and scoring apart"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         ),
         Column("worst client %", lambda row, others: percent(row.over_clients(min).values())),
         *_group_columns(table_of),
-        Column("link MB up", lambda row, others: _megabytes(row.moved_bytes(_on_link, [0])), _ONCE_APART),
+        Column("link MB up", lambda row, others: _megabytes(row.moved_bytes(_on_link, [0])), _APART),
         Column("link MB down", lambda row, others: _megabytes(row.moved_bytes(_on_link, [1]))),
         *_stage_columns(table_of)[:1],
         Column("seconds", lambda row, others: f"{_mean_of(row, 'seconds'):.0f}"),
@@ -63,15 +66,18 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         *_local_columns(table_of, chosen),
         *_product_columns(table_of),
         *_lost_columns(table_of),
-        Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link)), _ONCE_APART),
-        Column("features MB", lambda row, others: _megabytes(row.moved_bytes(lambda name: name == "features"))),
+        Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link)), _APART),
+        _channel_column("features MB", "features", "of trained and of scored images"),
+        _channel_column(
+            "scoring MB", SCORING, "of arms with personal models everybody's part is scored at every client"
+        ),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),
         *_stage_columns(table_of),
         Column(
             "LLM samples",
             lambda row, others: f"{_mean_of(row, 'llm_samples'):,.0f}",
-            "through the frozen LLM, once for each branch of a step, a backward not counted apart",
+            "through the frozen LLM, once for each branch of a step, a backward not counted apart, scoring included",
         ),
         Column(
             "seconds",
@@ -96,6 +102,10 @@ def _budget_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     if len({row.budget for row in table_of if row.label not in STARTS}) < 2:
         return ()
     return (Column("rounds x epochs x batch", lambda row, others: row.budget if row.settings else "–"),)
+
+
+def _channel_column(heading: str, channel: str, meaning: str) -> Column:
+    return Column(heading, lambda row, others: _megabytes(row.moved_bytes(lambda name: name == channel)), meaning)
 
 
 def _gap_column(label: str) -> Column:
@@ -194,11 +204,12 @@ def markdown(table_of: Sequence[Row], shown: Sequence[Column]) -> str:
 
 
 def by_client(table_of: Sequence[Row]) -> str:
-    """By how many points each client is better served than alone; empty where nobody is alone."""
+    """By how many points each client is better served than alone; empty where nobody is alone. Where a seed deals the
+    data out anew, client 0 of one seed is not that of another, and there is nothing to average."""
     gains: list[tuple[Row, dict[str, list[float]]]] = []
     for row in table_of:
         alone = partner(row, _beside(row, table_of), LOCAL)
-        if alone is not None and row.label not in STARTS:
+        if alone is not None and row.label not in STARTS and row.same_clients:
             gains.append((row, _gains(row.own(), alone.own())))
     gains = [(row, gained) for row, gained in gains if 0 < len(gained) <= MOST_CLIENTS]
     clients = sorted({client for _, gained in gains for client in gained}, key=int)
@@ -245,7 +256,7 @@ def _better_off(row: Row, local: Row | None) -> str:
 
 
 def _on_link(channel: str) -> bool:
-    return channel not in (*ONCE, "control")
+    return channel not in (*ONCE, SCORING, "control")
 
 
 def _held(row: Row) -> str:
