@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finished import write_arm
 from PIL import Image
 
 from fedmm import seeds
@@ -258,3 +259,13 @@ class CountingProxy:
             one.close()
         for thread in self._threads:
             thread.join(timeout=5)
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """FedAvg and local, three seeds: client 0 gains 10 points by joining, client 1 loses 0, 2 and 4."""
+    made = []
+    for seed, (base, loss) in enumerate(((0.50, 0.00), (0.60, 0.02), (0.70, 0.04))):
+        made.append(write_arm(tmp_path / f"avg{seed}", "FedAvg", seed, {"0": base + 0.1, "1": base - loss}))
+        made.append(write_arm(tmp_path / f"local{seed}", "local", seed, {"0": base, "1": base}))
+    return made

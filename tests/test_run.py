@@ -592,19 +592,31 @@ STEPS = {"forward", "backward", "loss", "squares", "generate"}
 def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone, tmp_path, monkeypatch, arm):
     """Not even its B, in training or in generation; the bits stay the same."""
     sent: list[tuple[str, frozenset[str]]] = []
-    encode = wire.encode
+    values: list[bytes] = []
+    kept: list[bytes] = []
+    encode, save = wire.encode, home.save_kept
 
     def watched(frame):
         sent.append((frame.verb, frozenset(name.split(".")[0] for name in frame.tensors)))
+        values.extend(tensor.detach().contiguous().numpy().tobytes() for tensor in frame.tensors.values())
         return encode(frame)
 
+    def saved(run, who, round, state, needed):
+        kept.extend(tensor.numpy().tobytes() for tensor in state.values() if tensor.any())
+        save(run, who, round, state, needed)
+
     monkeypatch.setattr(wire, "encode", watched)
+    monkeypatch.setattr(home, "save_kept", saved)
     named: dict[str, set[str]] = {}
+    seen: dict[str, int] = {}
     for local in ("factored", "dense"):
-        sent.clear()
+        for watch in (sent, values, kept):
+            watch.clear()
         run(backbone, tmp_path / local, f"arm={arm}", f"link.local={local}")
         named[local] = {name for verb, names in sent if verb in STEPS for name in names}
+        seen[local] = sum(any(own in value for value in values) for own in kept)
         assert {verb for verb, _ in sent} - STEPS <= {"card", "edge", "state", "update", "known", "features"}
+    assert kept and seen["dense"] == 0 < seen["factored"], "by their bits too"
     assert {"up", "h", "token_up", "token_down"} <= named["factored"]
     assert named["dense"] <= {"whole", "mask", "keep", "labels", "losses", "grad/whole", "logits"}
     assert [row["state"] for row in rounds(tmp_path / "dense")] == [

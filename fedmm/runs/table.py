@@ -69,7 +69,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link)), _APART),
         _channel_column("features MB", "features", "of trained and of scored images"),
         _channel_column(
-            "scoring MB", SCORING, "of arms with personal models everybody's part is scored at every client"
+            "scoring MB", SCORING, "where models are personal, each client is scored on everybody's part"
         ),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),

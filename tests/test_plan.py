@@ -1,0 +1,226 @@
+"""How a sweep is planned: combinations, labels, searches, and what is known already; runs end at once here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from finished import composed_arm, write_arm
+from omegaconf import OmegaConf
+
+from fedmm.cli import main
+from fedmm.runs import config, records, settings, sweep
+from fedmm.types import FedmmError
+
+
+def test_hydra_reads_the_axes():
+    found = config.axes(
+        ["arm=fedavg,local", "seed=range(0,3)", "compare=[local,fedavg]", "dataset.kinds=[sum],[read,sum]"]
+    )
+    assert found == {
+        "arm": ("fedavg", "local"), "seed": ("0", "1", "2"), "compare": ("[local,fedavg]",),
+        "dataset.kinds": ("[sum]", "[read,sum]"),
+    }  # fmt: skip
+    with pytest.raises(settings.ConfigError, match="cannot be read"):
+        config.axes(["arm=[fedavg"])
+
+
+def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
+    made = sweep.jobs(tmp_path, ["arm=fedavg,local", "seed=0,1", "edge.rank=4,8"])
+    assert len({job.path for job in made}) == len(made) == 8
+    labels = {config.compose(job.overrides).label for job in made}
+    assert labels == {"FedAvg, edge.rank=4", "FedAvg, edge.rank=8", "local, edge.rank=4", "local, edge.rank=8"}
+    (one,) = sweep.jobs(tmp_path, ["arm=fedavg"])
+    assert config.compose(one.overrides).label == "FedAvg"
+
+
+def test_settings_that_make_other_data_name_the_data(tmp_path):
+    made = sweep.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
+    cfgs = [config.compose(job.overrides) for job in made]
+    assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
+    assert {cfg.data for cfg in cfgs} == {
+        f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
+    }
+    other = sweep.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
+    assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
+    (one,) = sweep.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
+    assert config.compose(one.overrides).data == "mine"
+
+
+def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_path):
+    tuned = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
+    cells = sweep.trials(tmp_path, ["arm=fedavg", "seed=0,1", "evaluate.every=1"], tuned)
+    ((cell_, tried),) = cells.items()
+    assert cell_ == ("arm=fedavg", "evaluate.every=1"), "the seeds that are reported take no part"
+    for job in tried.values():
+        cfg = config.compose(job.overrides)
+        assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", sweep.TUNING_SEED, 0)
+    for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
+        write_arm(job.path, "FedAvg", sweep.TUNING_SEED, {"0": right, "1": right})
+    choice = records.Choice.of(tuned.key, cell_, sweep.accuracies(tried))
+    assert choice.chosen == "0.003" and not choice.at_the_edge, "of equal ones the first"
+    final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
+    assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
+    with pytest.raises(settings.ConfigError, match="gives one value"):
+        sweep.search("optimizer.lr=1e-3")
+    with pytest.raises(settings.ConfigError, match="gives 0.001 twice"):
+        sweep.search("optimizer.lr=1e-3,3e-3,0.001")
+    with pytest.raises(settings.ConfigError, match="seed=100 is that of the search"):
+        sweep.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
+
+
+@pytest.mark.parametrize("scenario", config.options("scenario"))
+def test_every_scenario_can_be_searched(tmp_path, scenario):
+    ((_, tried),) = sweep.trials(tmp_path, [f"scenario={scenario}"], sweep.search("optimizer.lr=1e-3,3e-3")).items()
+    for job in tried.values():
+        assert not list(config.check(config.compose(job.overrides)))
+
+
+def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
+    from fedmm.flower import server_app
+
+    with pytest.raises(settings.ConfigError, match=r"rounds must be at least 0[\s\S]*seed-0.*seed-1"):
+        sweep.run(tmp_path, ["arm=fedavg", "seed=0,1", "rounds=-1"], None, at_once=1, check=server_app.plan, say=print)
+    assert not any(tmp_path.iterdir())
+    assert main(["sweep", str(tmp_path), "arm=fedavg,nothing"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypatch):
+    """The others are done, and the same command goes on with what is missing."""
+
+    def fake(job: sweep.Job) -> bool:
+        if "local" in job.name:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text("first\nthe disk is full\n")
+            return False
+        write_arm(job.path, job.name, 0, {"0": 0.5})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    said: list[str] = []
+    with pytest.raises(FedmmError, match=r"1 of 3 runs failed.*the disk is full"):
+        sweep.run(tmp_path, ["arm=fedavg,local,fedprox"], None, at_once=1, check=lambda _: None, say=said.append)
+    assert sum("FAILED" in line for line in said) == 1
+    assert {path.name for path in (tmp_path / "runs").glob("*/")} >= {"arm-fedavg", "arm-fedprox"}
+    sweep.run(tmp_path, ["arm=fedavg,fedprox,fednano"], None, at_once=1, check=lambda _: None, say=said.append)
+    assert said[-2] == "2 of 3 are done already", "more values later find what is there"
+
+
+def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
+    """Its runs hold the chosen value, which the command does not say: no reason to refuse them."""
+    from fedmm.flower import server_app
+
+    ran: list[str] = []
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        ran.append(job.name)
+        write_arm(job.path, cfg.label, cfg.seed, {"0": cfg.optimizer.lr})
+        (job.path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+        return len(ran) != 3 or bool(job.path.joinpath("summary.json").unlink())
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    asked = (tmp_path, ["arm=fedavg", "seed=0,1"], sweep.search("optimizer.lr=1e-3,3e-3"))
+    with pytest.raises(FedmmError):
+        sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
+    done = sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
+    assert len(ran) == 5 and len(set(ran)) == 4, "two trials, two seeds, one of them again"
+    assert [run.settings["optimizer.lr"] for run in done.runs] == [3e-3, 3e-3]
+    sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
+    sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
+    known = [choice.combination for choice in records.beside(tmp_path).choices]
+    assert known == [("arm=fedavg",), ("arm=local",)], "a later part keeps what an earlier one chose"
+    with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
+        sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
+
+
+def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
+    """Accuracy rises with the rate for fedavg, without end, and falls for local; fedprox has its best in the middle."""
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        step = math.log2(cfg.optimizer.lr / 2e-3)
+        right = {"FedAvg": 0.5 + step / 100, "local": 0.5 - step / 100, "FedProx": 0.5 - abs(step) / 100}[cfg.label]
+        write_arm(job.path, cfg.label, cfg.seed, {"0": right})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    asked = ["arm=fedavg,local,fedprox"], sweep.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
+    sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
+    told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
+    assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
+    assert told["arm=fedavg"].chosen == "0.016" and told["arm=fedavg"].at_the_edge
+    assert list(told["arm=local"].tried) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
+    assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and not told["arm=fedprox"].at_the_edge
+    assert sweep.further(records.Choice("x", (), {}, {"a": 0, "c": 0, "b": 1}), 5) is None
+    assert sweep.further(records.Choice("x", (), {}, {"0": 0, "1": 0, "2": 1}), 5) is None
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """What sweeps run, by label, rate and seed; each run ends at once, the better the higher its rate."""
+    told: list[str] = []
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        told.append(f"{cfg.label} {cfg.optimizer.lr:g} {cfg.seed}")
+        composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr * 10 + cfg.seed / 1000})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    return told
+
+
+def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
+    """A sweep in a new folder, given the records of an earlier one, runs what they lack, and its page is the same as if
+    it had run it all."""
+    tune = ["--tune", "optimizer.lr=1e-3,3e-3"]
+    assert main(["sweep", str(tmp_path / "whole"), "arm=fedavg,local", "seed=0,1", *tune]) == 0
+    assert main(["sweep", str(tmp_path / "part"), "arm=fedavg", "seed=0", *tune]) == 0
+    known = str(tmp_path / "part" / "results.jsonl")
+    ran.clear()
+    asked = ["arm=fedavg,local", "seed=0,1", *tune, "--known", known]
+    assert main(["sweep", str(tmp_path / "rest"), *asked]) == 0
+    assert sorted(ran) == ["FedAvg 0.003 1", "local 0.001 100", "local 0.003 0", "local 0.003 1", "local 0.003 100"]
+    assert "1 of 4 are known\n" in capsys.readouterr().out
+    whole, rest = ((tmp_path / of / "results.md").read_text() for of in ("whole", "rest"))
+    commands = [line.split("`")[1].split()[:3] for line in rest.splitlines() if line.startswith("- `")]
+    assert commands == [["fedmm", "sweep", str(tmp_path / of)] for of in ("rest", "part")]
+    assert whole[whole.index("\nMean") :] == rest[rest.index("\nMean") :]
+    told = records.load([tmp_path / "rest"])
+    assert len(told.runs) == 4, "a sweep's folder tells of what it was given too"
+    assert sorted(told.commands) == sorted(records.load([tmp_path / "rest" / "results.jsonl"]).commands)
+    ran.clear()
+    assert main(["sweep", str(tmp_path / "again"), *asked[:-1], str(tmp_path / "rest")]) == 0
+    assert not ran and len(records.load([tmp_path / "again"]).runs) == 4
+
+
+def test_another_search_or_budget_is_not_known(tmp_path, ran):
+    how = {"at_once": 1, "check": lambda _: None}
+    said: list[str] = []
+    asked, search = ["arm=fedavg", "seed=0"], sweep.search("optimizer.lr=1e-3,3e-3")
+    known = sweep.run(tmp_path / "first", asked, search, say=said.append, **how)
+    ran.clear()
+    for number, other in enumerate(("optimizer.lr=1e-3,3e-3,9e-3", "clip_norm=1e-3,3e-3")):
+        sweep.run(tmp_path / f"{number}", asked, sweep.search(other), known=known, say=said.append, **how)
+        assert sum(line.endswith(" 100") for line in ran) >= 2, f"{other} is another search"
+        ran.clear()
+    sweep.run(tmp_path / "data", [*asked, "dataset.train=50"], search, known=known, say=said.append, **how)
+    assert len(ran) == 3, "the search was on other data"
+    ran.clear()
+    sweep.run(tmp_path / "fixed", [*asked, "rounds=3", "optimizer.lr=3e-3"], None, known=known, say=said.append, **how)
+    assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
+
+
+def test_data_are_called_by_what_chose_them():
+    assert config.compose(["scenario=function"]).data == "function"
+    assert config.compose(["dataset=scenes_sites", "partition=iid"]).data == "scenes_sites, iid"
+    assert config.compose(["partition=iid", "data=mine"]).data == "mine"
+
+
+def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
+    with pytest.raises(settings.ConfigError, match="no compare"):
+        sweep.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
+    with pytest.raises(settings.ConfigError, match="are both called"):
+        sweep.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)

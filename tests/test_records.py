@@ -1,0 +1,87 @@
+"""Files of records: a run is known by what it was asked, a page is the same from them, and what is none is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from finished import composed_arm, page, rows_of, write_arm
+
+from fedmm.cli import main
+from fedmm.runs import config, evidence, records, results
+
+
+def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
+    for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
+        records.note(tmp_path, command=command)
+    told = replace(records.load(runs), commands=records.beside(tmp_path).commands)
+    page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("- `")]
+    assert [line.split("`")[1] for line in lines] == ["fedmm compare", "fedmm sweep one", "fedmm sweep two"]
+
+
+def asked_of(*overrides: str) -> dict[str, object]:
+    return records.settings_of(config.compose(overrides))
+
+
+@pytest.mark.parametrize("arm", config.options("arm"))
+def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
+    """Whatever its file made of lists, interpolations and small numbers; and not by where it ran."""
+    made = composed_arm(tmp_path / "run", [f"arm={arm}", "seed=3", f"run.dir={tmp_path}/run"], {"0": 0.5})
+    records.save(tmp_path / "kept.jsonl", records.load([made, composed_arm(tmp_path / "x", ["seed=4"], {"0": 0.6})]))
+    kept = records.load([tmp_path / "kept.jsonl"]).runs
+    for told in (kept, records.load([made]).runs):
+        (found,) = [run for run in told if run.settings == asked_of(f"arm={arm}", "seed=3", "run.dir=/elsewhere")]
+        assert found.summary["final"]["own"] == {"0": 0.5}
+        assert asked_of(f"arm={arm}", "seed=5") not in [run.settings for run in told]
+
+
+def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
+    told = replace(
+        records.load(runs), commands={"fedmm sweep": "2026-01-02"},
+        choices=[records.Choice.of("optimizer.lr", ["arm=fedavg"], {"0.1": 0.5, "0.2": 0.6})],
+    )  # fmt: skip
+    first = results.write(tmp_path / "a" / "page.md", told, None, "fedmm compare").read_text()
+    assert "| arm=fedavg | optimizer.lr | 0.2 | 50.0 | 60.0 |" in first
+    again = records.load([tmp_path / "a" / "page.jsonl"])
+    assert again.choices == told.choices
+    assert results.write(tmp_path / "b" / "page.md", again, None, "fedmm compare").read_text() == first
+    kept = [(tmp_path / of / "page.jsonl").read_text() for of in "ab"]
+    assert kept[0] == kept[1]
+    twice = records.load([*runs, tmp_path / "a" / "page.jsonl"])
+    assert len(twice.runs) == len(runs), "told of twice alike is one"
+    assert page(evidence.rows(twice.runs)) == page(rows_of(runs))
+
+
+def test_a_run_told_of_twice_with_other_figures_is_refused(runs, tmp_path):
+    records.save(tmp_path / "kept.jsonl", records.load(runs))
+    write_arm(runs[0], "FedAvg", 0, {"0": 0.1, "1": 0.1})
+    with pytest.raises(ValueError, match=r"FedAvg with seed 0 again, after .*avg0"):
+        rows_of([*runs, tmp_path / "kept.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "no finished run to compare"),
+        ('{"settings": {}}\n# Results', "line 2, is no record"),
+        ('{"settings": {}}\n{"settings": {"rounds": 3}}', "line 2, is where another file of records begins"),
+        ('{"settings": {}, "summary": {}}', "line 1, is where another file of records begins, or the first line is"),
+        ('{"settings": {}}\n{"summary": {}}', "line 2, is no run, search or command, it has ['summary']"),
+    ],
+)
+def test_a_file_of_no_records_is_told(tmp_path, text, told, capsys):
+    (tmp_path / "page.jsonl").write_text(text)
+    assert main(["compare", str(tmp_path / "page.jsonl")]) == 2
+    assert told in capsys.readouterr().err
+    if text:
+        assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "page.jsonl")]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["sweep", str(tmp_path / "sweep"), "arm=fedavg", "--known", str(tmp_path / "typo.jsonl")]) == 2
+    assert "typo.jsonl is not there" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
+
+
+def test_a_page_overwrites_no_records(runs, tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text("precious")
+    assert main(["compare", *map(str, runs), "--into", str(tmp_path / "mine.jsonl")]) == 2
+    assert "must end in .md" in capsys.readouterr().err and (tmp_path / "mine.jsonl").read_text() == "precious"
