@@ -68,9 +68,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         *_lost_columns(table_of),
         Column("link MB", lambda row, others: _megabytes(row.moved_bytes(_on_link)), _APART),
         _channel_column("features MB", "features", "of trained and of scored images"),
-        _channel_column(
-            "scoring MB", SCORING, "where models are personal, each client is scored on everybody's part"
-        ),
+        _channel_column("scoring MB", SCORING, "where models are personal, each client is scored on everybody's part"),
         Column("Flower kB", lambda row, others: f"{row.moved_bytes(lambda name: name == 'control') / 1e3:,.0f}"),
         Column("M parameters a client holds", lambda row, others: _held(row)),
         *_stage_columns(table_of),
