@@ -41,11 +41,15 @@ class Case:
         return json.dumps(shown | {"bar": self.bar, "holds": self.holds} | _short(dict(self.detail)))
 
 
-def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, in turn for `rounds` rounds, after a round that does not count."""
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each run, in turn for `rounds` rounds, after a round that does not count. Those of `before`, which
+    comes before each, are not in them."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round in range(rounds + 1):
         for name, run in runs.items():
+            before()
             began = time.perf_counter()
             run()
             if round:

@@ -16,6 +16,7 @@ same state, rounds.jsonl and scores as an undisturbed one. Of checkpoints the la
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import platform
 import shutil
@@ -153,8 +154,12 @@ class RunFolder:
             return dict(json.loads(file.metadata()["about"]))
 
     def updates(self, round: int, clients: Iterable[int]) -> Iterator[Update]:
-        """These clients' updates of the round in the order given, one in memory at a time."""
-        for client in clients:
+        """These clients' updates of the round in the order given, one in memory at a time; while one is used, the
+        system reads the next from its disk."""
+        clients = list(clients)
+        for client, after in itertools.zip_longest(clients, clients[1:]):
+            if after is not None:
+                home.read_ahead(self._update(round, after))
             about = self.about(round, client)
             delta, fisher = tree.parted(safetensors.torch.load_file(self._update(round, client)), "delta", "fisher")
             yield Update(client, delta, about["num_examples"], fisher if about["fisher"] else None, about["metrics"])

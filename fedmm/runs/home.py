@@ -40,6 +40,13 @@ def write(path: Path, data: bytes) -> None:
         aside.write_bytes(data)
 
 
+def read_ahead(path: Path) -> None:
+    """Have the system begin to read a file that will be wanted soon; where it cannot be asked, nothing."""
+    if advise := getattr(os, "posix_fadvise", None):  # not on macOS
+        with path.open("rb") as file:
+            advise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """A file to write; then it is flushed to the disk and renamed."""
