@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         "--tune", help="a setting to choose for each combination on validation data: optimizer.lr=3e-3,6e-3"
     )
     sweep.add_argument(
+        "--tune-across", metavar="KEYS", help="choose one value for combinations that differ in these alone: scenario"
+    )
+    sweep.add_argument(
         "--known",
         type=Path,
         help="records (.jsonl, as compare --into leaves them) or a sweep's folder: what is there is not run again",
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench":
         return _bench(args.name, args.size)
     if args.command == "sweep":
-        return _sweep(args.dir, args.overrides, args.tune, args.known, args.at_once, args.against)
+        return _sweep(args)
     return _compare(args.paths, args.against, args.into)
 
 
@@ -110,22 +113,21 @@ def _run(overrides: list[str]) -> int:
     return 0
 
 
-def _sweep(
-    path: Path, overrides: list[str], tune: str | None, known: Path | None, at_once: int, against: str | None
-) -> int:
+def _sweep(args: argparse.Namespace) -> int:
     from fedmm.flower import server_app
     from fedmm.runs import records, results, sweep
 
-    options = {"--tune": tune, "--known": known, "--against": against}
+    path, overrides, against = args.dir, args.overrides, args.against
+    options = {"--tune": args.tune, "--tune-across": args.tune_across, "--known": args.known, "--against": against}
     asked = [part for name, value in options.items() if value for part in (name, str(value))]
     command = shlex.join(["fedmm", "sweep", str(path), *overrides, *asked])
     try:
         made = sweep.run(
             path,
             overrides,
-            sweep.search(tune),
-            known=records.load([known] if known else []),
-            at_once=at_once,
+            sweep.search(args.tune, args.tune_across),
+            known=records.load([args.known] if args.known else []),
+            at_once=args.at_once,
             check=server_app.plan,
             say=lambda text: print(text, flush=True),
             against=against,

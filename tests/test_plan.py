@@ -57,8 +57,8 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
         assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", sweep.TUNING_SEED, 0)
     for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
         write_arm(job.path, "FedAvg", sweep.TUNING_SEED, {"0": right, "1": right})
-    choice = records.Choice.of(tuned.key, cell_, sweep.accuracies(tried))
-    assert choice.chosen == "0.003" and not choice.at_the_edge, "of equal ones the first"
+    found = {value: sweep.accuracy(job) for value, job in tried.items()}
+    assert sweep.best(found) == "0.003" and sweep.further(found, 5) is None, "of equal ones the first"
     final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
     with pytest.raises(settings.ConfigError, match="gives one value"):
@@ -150,11 +150,47 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
     told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
     assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
-    assert told["arm=fedavg"].chosen == "0.016" and told["arm=fedavg"].at_the_edge
+    assert told["arm=fedavg"].chosen == "0.016" and told["arm=local"].chosen == "0.00025"
     assert list(told["arm=local"].tried) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
-    assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and not told["arm=fedprox"].at_the_edge
-    assert sweep.further(records.Choice("x", (), {}, {"a": 0, "c": 0, "b": 1}), 5) is None
-    assert sweep.further(records.Choice("x", (), {}, {"0": 0, "1": 0, "2": 1}), 5) is None
+    assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and told["arm=fedprox"].chosen == "0.002"
+    assert sweep.further({"a": 0, "c": 0, "b": 1}, 5) is None and sweep.further({"0": 0, "1": 0, "2": 1}, 5) is None
+
+
+def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatch):
+    """Each scenario by itself would take another; what is known of one is not tried again."""
+    right = {"domain": (0.5, 0.6, 0.8), "function": (0.5, 0.6, 0.1)}
+    rates = (1e-3, 3e-3, 9e-3)
+    ran: list[str] = []
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
+        composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][rates.index(cfg.optimizer.lr)]})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    asked, tune = ["arm=fedavg", "scenario=domain,function"], "optimizer.lr=1e-3,3e-3,9e-3"
+    tried = dict(zip(("0.001", "0.003", "0.009", "0.027"), (*right["domain"], 0.2), strict=True))
+    choice = records.Choice.of("optimizer.lr", ["arm=fedavg", "scenario=domain"], tried, "0.009")
+    known = records.Records(choices=[choice])
+    made = sweep.run(tmp_path / "one", asked, sweep.search(tune, "scenario"), known=known, **how)
+    assert ran == [
+        "function 0.001 100",
+        "function 0.003 100",
+        "function 0.009 100",
+        "domain 0.003 0",
+        "function 0.003 0",
+    ]
+    assert [(choice.chosen, max(choice.tried.values())) for choice in made.choices] == [("0.003", 0.8), ("0.003", 0.6)]
+    ran.clear()
+    alone = sweep.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], sweep.search(tune), known=known, **how)
+    assert alone.choices[0].chosen == "0.009" and list(alone.choices[0].tried) == ["0.001", "0.003", "0.009", "0.027"]
+    assert ran == ["domain 0.009 0"], "it goes on past the end that is best, to what is known"
+    with pytest.raises(settings.ConfigError, match="--tune-across method is no override of this sweep"):
+        sweep.run(tmp_path / "x", asked, sweep.search(tune, "method"), **how)
+    with pytest.raises(settings.ConfigError, match="has nothing to choose; add --tune"):
+        sweep.search(None, "scenario")
 
 
 @pytest.fixture

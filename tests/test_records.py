@@ -39,7 +39,7 @@ def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
 def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
     told = replace(
         records.load(runs), commands={"fedmm sweep": "2026-01-02"},
-        choices=[records.Choice.of("optimizer.lr", ["arm=fedavg"], {"0.1": 0.5, "0.2": 0.6})],
+        choices=[records.Choice.of("optimizer.lr", ["arm=fedavg"], {"0.1": 0.5, "0.2": 0.6}, "0.2")],
     )  # fmt: skip
     first = results.write(tmp_path / "a" / "page.md", told, None, "fedmm compare").read_text()
     assert "| arm=fedavg | optimizer.lr | 0.2 | 50.0 | 60.0 |" in first

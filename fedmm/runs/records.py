@@ -5,7 +5,7 @@ their own runs with it, and a sweep does not repeat what is in it. It is jsonl, 
 
     {"settings": {...}}                                                          what all its runs were asked alike
     {"settings": {...}, "summary": {...}}                                        a run: what else, and its summary.json
-    {"settings": {...}, "search": "optimizer.lr", "combination": [...], "tried": {...}}           what a search found
+    {"settings": {...}, "search": "optimizer.lr", "combination": [...], "tried": {...}, "chosen": ...}    a search
     {"command": ..., "when": ...}                                                what made some of them
 
 Settings are by path, as in `optimizer.lr`. They know a run again, not the code that made it: a record of another
@@ -29,7 +29,8 @@ from fedmm.runs import config, home, summary
 RESULTS = "results.md"  # a sweep's page, in its folder; its records lie beside it
 _CHOICES, _COMMANDS = "tuned.json", "commands.json"  # in a sweep's folder
 _COMMON, _RUN, _CHOICE, _COMMAND = (
-    {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "tried"}, {"command", "when"},
+    {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "tried", "chosen"},
+    {"command", "when"},
 )  # fmt: skip
 
 
@@ -48,28 +49,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search over the values of one setting found for a combination of a sweep: accuracy by value, in the order
-    of the values. `settings` are the combination's, less the one that was searched and the seed."""
+    """What a search over the values of one setting found for a combination of a sweep, accuracy by value in the order
+    of the values, and which it took. `settings` are the combination's, less the one that was searched and the seed."""
 
     key: str
     combination: tuple[str, ...]
     settings: Mapping[str, Any]
     tried: Mapping[str, float]
-
-    @property
-    def chosen(self) -> str:
-        """The value with the highest accuracy; of equal ones the first."""
-        return max(self.tried, key=lambda value: self.tried[value])
-
-    @property
-    def at_the_edge(self) -> bool:
-        """Whether the best of three or more values is an end."""
-        values = list(self.tried)
-        return len(values) > 2 and self.chosen in (values[0], values[-1])
+    chosen: str
 
     @classmethod
-    def of(cls, key: str, combination: Sequence[str], tried: Mapping[str, float]) -> Choice:
-        return cls(key, tuple(combination), _less(settings_of(config.compose(combination)), key), tried)
+    def of(cls, key: str, combination: Sequence[str], tried: Mapping[str, float], chosen: str) -> Choice:
+        return cls(key, tuple(combination), _less(settings_of(config.compose(combination)), key), tried, chosen)
 
 
 @dataclass(frozen=True)
@@ -199,12 +190,12 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _row(choice: Choice) -> dict[str, Any]:
     return {
         "settings": dict(choice.settings), "search": choice.key, "combination": list(choice.combination),
-        "tried": dict(choice.tried),
+        "tried": dict(choice.tried), "chosen": choice.chosen,
     }  # fmt: skip
 
 
 def _choice(row: Mapping[str, Any]) -> Choice:
-    return Choice(row["search"], tuple(row["combination"]), row["settings"], row["tried"])
+    return Choice(row["search"], tuple(row["combination"]), row["settings"], row["tried"], row["chosen"])
 
 
 def _less(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 
 Hydra reads the values (lists, range, choice). With `--tune` each combination, seeds apart, is first run with every rate
 on the validation split under a seed of its own, and goes on with the best by the clients' own accuracy: the same
-small search for each. Of three values or more the search goes on past an end that is best, by the same step, twice at
-most. A run is done when it has its summary; what is done is not repeated, what was cut goes on.
+small search for each. With `--tune-across scenario` it goes on with the best on average over scenarios, as one run says
+little. Of three values or more the search goes on past an end that is best, by the same step, twice at most. A run is
+done when it has its summary; what is done is not repeated, what was cut goes on.
 
 The same folder takes more values later: what it holds of them is done.
 
@@ -64,17 +65,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Search:
-    """A setting to choose: its key and the values to try, and the seed that is used for nothing else."""
+    """A setting to choose: its key and the values to try, and the seed that is used for nothing else. Combinations that
+    differ in the keys of `across` alone take one value, the best on average over them."""
 
     key: str
     values: tuple[str, ...]
+    across: tuple[str, ...] = ()
     seed: int = TUNING_SEED
 
 
-def search(text: str | None) -> Search | None:
-    """`optimizer.lr=3e-3,6e-3` as a search, numbers in rising order. Raises ConfigError where it gives fewer than two
-    values, or one twice."""
+def search(text: str | None, across: str | None = None) -> Search | None:
+    """`optimizer.lr=3e-3,6e-3` as a search, numbers in rising order; `across` names keys, `scenario,dataset.train`.
+    Raises ConfigError where it gives fewer than two values, or one twice."""
     if text is None:
+        if across:
+            raise settings.ConfigError(
+                f"--tune-across {across} has nothing to choose; add --tune optimizer.lr=3e-3,6e-3"
+            )
         return None
     ((key, values),) = config.axes([text]).items()
     if len(values) < 2:
@@ -83,7 +90,7 @@ def search(text: str | None) -> Search | None:
         values = tuple(sorted(values, key=float))
     if twice := [value for value, beside in itertools.pairwise(values) if value == beside or _same(value, beside)]:
         raise settings.ConfigError(f"--tune {text} gives {twice[0]} twice; leave one out")
-    return Search(key, values)
+    return Search(key, values, tuple(across.split(",")) if across else ())
 
 
 def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]], Sequence[str]] = tuple) -> list[Job]:
@@ -132,28 +139,28 @@ def trials(
     return made
 
 
-def accuracies(tried: Mapping[str, Job]) -> dict[str, float]:
-    """Own accuracy, mean over clients, of each value's run."""
-    found = {}
-    for value, job in tried.items():
-        own = json.loads((job.path / "summary.json").read_text())["final"]["own"]
-        if not own:
-            raise FedmmError(f"{job.path} scored no client; see {job.log}")
-        found[value] = statistics.fmean(own.values())
-    return found
+def accuracy(job: Job) -> float:
+    """Own accuracy of a trial, mean over clients."""
+    own = json.loads((job.path / "summary.json").read_text())["final"]["own"]
+    if not own:
+        raise FedmmError(f"{job.path} scored no client; see {job.log}")
+    return statistics.fmean(own.values())
 
 
-def further(choice: Choice, most: int) -> tuple[str, ...] | None:
-    """The values tried and one beyond the end that was best; None where none was, `most` are tried, or they are no
-    positive numbers."""
-    values = tuple(choice.tried)
-    if (
-        not choice.at_the_edge
-        or len(values) >= most
-        or not all(_number(value) and float(value) > 0 for value in values)
-    ):
+def best(tried: Mapping[str, float]) -> str:
+    """The value with the highest accuracy; of equal ones the first."""
+    return max(tried, key=lambda value: tried[value])
+
+
+def further(tried: Mapping[str, float], most: int) -> tuple[str, ...] | None:
+    """The values tried and one beyond the end, where that was the best of three or more; None where it was not, `most`
+    are tried, or they are no positive numbers."""
+    values = tuple(tried)
+    if not 2 < len(values) < most or not all(_number(value) and float(value) > 0 for value in values):
         return None
-    first = choice.chosen == values[0]
+    if (chosen := best(tried)) not in (values[0], values[-1]):
+        return None
+    first = chosen == values[0]
     end, beside = values[:2] if first else values[:-3:-1]
     beyond = f"{float(end) ** 2 / float(beside):g}"
     return (beyond, *values) if first else (*values, beyond)
@@ -171,20 +178,22 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     """
     if "=" in path.name or (path / "config.yaml").exists():
         raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
+    if tuned and (unknown := set(tuned.across) - config.axes(overrides).keys()):
+        raise settings.ConfigError(f"--tune-across {min(unknown)} is no override of this sweep; name one that is")
     known = known or Records()
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
-    chosen = _known_choices(known, cells, tuned) if tuned else {}
-    cells = {cell: tried for cell, tried in cells.items() if cell not in chosen}
-    tune_jobs = [job for tried in cells.values() for job in tried.values()]
+    tried = _known_trials(known, cells, tuned) if tuned else {}
+    tune_jobs = _untried(cells, tried)
     final = jobs(path / "runs", overrides)
     unplaced = [replace(job, overrides=job.overrides[:-1]) for job in final]  # their folders hold what tuning chose
     _check([*tune_jobs, *unplaced] if tuned else final, check)
     evidence.against(_told_apart(final), against)
     with alone(path):
         records.note(path, command=command)
+        chosen: dict[tuple[str, ...], Choice] = {}
         if tuned:
             key = tuned.key
-            chosen |= _tuned(path / "tune", overrides, tuned, cells, lambda asked: _run_all(asked, at_once, say))
+            chosen = _tuned(path / "tune", overrides, tuned, tried, lambda asked: _run_all(asked, at_once, say))
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)].chosen}"])
             records.note(path, choices=chosen.values())
         found = _known_runs(known, final, say)
@@ -196,17 +205,25 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     return Records(runs, list(chosen.values()), {**known.commands, **records.beside(path).commands})
 
 
-def _known_choices(known: Records, cells: Iterable[tuple[str, ...]], tuned: Search) -> dict[tuple[str, ...], Choice]:
-    """What a search of the same setting has chosen for a combination, where it tried these values and went on as far
-    as this one would."""
-    found = {}
+def _known_trials(
+    known: Records, cells: Iterable[tuple[str, ...]], tuned: Search
+) -> dict[tuple[str, ...], dict[str, float]]:
+    """What searches of the same setting, for combinations that ask the same, have found, by value."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
     for cell in cells:
-        asked = Choice.of(tuned.key, cell, {})
+        asked = Choice.of(tuned.key, cell, {}, "")
         for choice in known.choices:
-            same = (choice.key, choice.settings) == (asked.key, asked.settings)
-            if same and choice.tried.keys() >= set(tuned.values) and not further(choice, len(tuned.values) + FURTHER):
-                found[cell] = choice
+            if (choice.key, choice.settings) == (asked.key, asked.settings):
+                found[cell] = {**found.get(cell, {}), **choice.tried}
     return found
+
+
+def _untried(
+    cells: Mapping[tuple[str, ...], Mapping[str, Job]], tried: Mapping[tuple[str, ...], Mapping[str, float]]
+) -> list[Job]:
+    return [
+        job for cell, by_value in cells.items() for value, job in by_value.items() if value not in tried.get(cell, {})
+    ]
 
 
 def _known_runs(known: Records, asked: Sequence[Job], say: Callable[[str], None]) -> dict[Job, Run]:
@@ -233,21 +250,36 @@ def _tuned(
     path: Path,
     overrides: Sequence[str],
     tuned: Search,
-    cells: Mapping[tuple[str, ...], Mapping[str, Job]],
+    tried: Mapping[tuple[str, ...], Mapping[str, float]],
     run_all: Callable[[Sequence[Job]], None],
 ) -> dict[tuple[str, ...], Choice]:
-    """What was chosen for every combination of `cells`, the first trials, once no search goes on."""
+    """What is chosen for every combination once no search goes on; `tried` is known already."""
     wider: dict[tuple[str, ...], Sequence[str]] = {}
     while True:
-        run_all([job for tried in cells.values() for job in tried.values()])
-        chosen = {cell: Choice.of(tuned.key, cell, accuracies(tried)) for cell, tried in cells.items()}
+        cells = trials(path, overrides, tuned, wider)
+        run_all(_untried(cells, tried))
+        found = {
+            cell: {value: known[value] if value in known else accuracy(job) for value, job in by_value.items()}
+            for cell, by_value in cells.items()
+            for known in [tried.get(cell, {})]
+        }
+        means = {cell: _mean_of([found[other] for other in _alike(cell, found, tuned.across)]) for cell in found}
         most = len(tuned.values) + FURTHER
-        more = {cell: values for cell, choice in chosen.items() if (values := further(choice, most))}
+        more = {cell: values for cell, mean in means.items() if (values := further(mean, most))}
         if not more:
-            return chosen
+            return {cell: Choice.of(tuned.key, cell, found[cell], best(means[cell])) for cell in found}
         wider |= more
-        again = trials(path, overrides, tuned, wider)
-        cells = {cell: again[cell] for cell in cells}
+
+
+def _alike(cell: Sequence[str], cells: Iterable[tuple[str, ...]], across: Sequence[str]) -> list[tuple[str, ...]]:
+    """The combinations that differ from this one in the keys of `across` alone, itself among them."""
+    wanted = list(_without(cell, across))
+    return [other for other in cells if list(_without(other, across)) == wanted]
+
+
+def _mean_of(tried: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Accuracy by value, mean over searches of the same values."""
+    return {value: statistics.fmean(found[value] for found in tried) for value in tried[0]}
 
 
 def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> None:
