@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The evidence: methods and bounds in every scenario on the embedded data, three seeds, the learning rate of each method
-# chosen by the same small search on the validation split, on average over scenarios. Tables, picture and every run's figures land in docs/RESULTS.*. What
-# docs/RESULTS.jsonl has already is not run again; without that file it is some 260 runs, hours on two cores.
+# chosen by the same small search on the validation split, on average over scenarios. Tables, picture and every run's
+# figures land in docs/RESULTS.*. What docs/RESULTS.jsonl has already is not run again; without that file it is some 260
+# runs, hours on two cores.
 #
 #     bash scripts/experiment.sh [OVERRIDE...]        runs in runs/results/; a sweep that was stopped goes on
-#     arms=fedavg,feddat_llm scenarios=domain bash scripts/experiment.sh        a part, of any arms; lands in runs/results/ alone
+#     arms=fedavg,feddat_llm scenarios=domain bash scripts/experiment.sh        a part, of any arms; in runs/results/ alone
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up
 cd "$root"

@@ -536,7 +536,10 @@ def test_compare_takes_each_seed_once_and_names_the_arms(backbone, tmp_path, cap
     from fedmm.cli import main
 
     path = str(run(backbone, tmp_path / "run", "rounds=1", "compare=[fedavg]"))
-    assert main(["compare", path, path]) == 2
+    assert main(["compare", path, path]) == 0
+    assert capsys.readouterr().out.count("| FedNano |") == 1, "named twice, it is one run"
+    again = str(run(backbone, tmp_path / "again", "rounds=1"))
+    assert main(["compare", path, again]) == 2
     assert "FedNano with seed 0 again" in capsys.readouterr().err
     assert main(["compare", path, "--against", "fedavg"]) == 2
     assert "'FedAvg'" in capsys.readouterr().err
