@@ -151,6 +151,7 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
     assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
     assert told["arm=fedavg"].chosen == "0.016" and told["arm=local"].chosen == "0.00025"
+    assert told["arm=fedavg"].at_the_edge and not told["arm=fedprox"].at_the_edge
     assert list(told["arm=local"].tried) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
     assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and told["arm=fedprox"].chosen == "0.002"
     assert sweep.further({"a": 0, "c": 0, "b": 1}, 5) is None and sweep.further({"0": 0, "1": 0, "2": 1}, 5) is None

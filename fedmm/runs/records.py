@@ -58,9 +58,15 @@ class Choice:
     tried: Mapping[str, float]
     chosen: str
 
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether what was taken is an end of three or more values."""
+        values = list(self.tried)
+        return len(values) > 2 and self.chosen in (values[0], values[-1])
+
     @classmethod
     def of(cls, key: str, combination: Sequence[str], tried: Mapping[str, float], chosen: str) -> Choice:
-        return cls(key, tuple(combination), _less(settings_of(config.compose(combination)), key), tried, chosen)
+        return cls(key, tuple(combination), settings_around(key, combination), tried, chosen)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ def settings_of(cfg: Any) -> dict[str, Any]:
     found = config.what(cfg).items()
     plain = {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in found}
     return {key: value for key, value in plain.items() if key != "compare"}
+
+
+def settings_around(key: str, combination: Sequence[str]) -> dict[str, Any]:
+    """What a combination of a sweep asks beside the setting that is searched and the seed."""
+    return _less(settings_of(config.compose(combination)), key)
 
 
 def of_arm(folder: Path) -> Run:
@@ -103,13 +114,14 @@ def save(file: Path, records: Records) -> None:
     asked = [run.settings.items() for run in records.runs]
     first = dict(asked[0]) if asked else {}
     common = {key: value for key, value in first.items() if all((key, value) in items for items in asked)}.items()
+
+    def own(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if (key, value) not in common}
+
     lines: list[Mapping[str, Any]] = [{"settings": dict(common)}]
     for run in sorted(records.runs, key=lambda run: (run.summary["data"], run.summary["label"], run.seed)):
-        own = {key: value for key, value in run.settings.items() if (key, value) not in common}
-        lines.append({"settings": own, "summary": run.summary})
-    for row in map(_row, records.choices):
-        own = {key: value for key, value in row["settings"].items() if (key, value) not in common}
-        lines.append(row | {"settings": own})
+        lines.append({"settings": own(run.settings), "summary": run.summary})
+    lines += [_row(choice) | {"settings": own(choice.settings)} for choice in records.choices]
     lines += [{"command": command, "when": when} for command, when in records.commands.items()]
     home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 

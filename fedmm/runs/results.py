@@ -50,5 +50,6 @@ def _chosen(choices: Sequence[Choice]) -> str:
     ]
     for choice in choices:
         tried = " | ".join(f"{100 * choice.tried[v]:.1f}" if v in choice.tried else "–" for v in values)
-        lines.append(f"| {' '.join(choice.combination)} | {choice.key} | {choice.chosen} | {tried} |")
+        edge = " (edge)" if choice.at_the_edge else ""
+        lines.append(f"| {' '.join(choice.combination)} | {choice.key} | {choice.chosen}{edge} | {tried} |")
     return "Own accuracy in per cent of a seed used for nothing else.\n\n" + "\n".join(lines)

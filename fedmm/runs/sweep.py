@@ -210,10 +210,11 @@ def _known_trials(
 ) -> dict[tuple[str, ...], dict[str, float]]:
     """What searches of the same setting, for combinations that ask the same, have found, by value."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
-    for cell in cells:
-        asked = Choice.of(tuned.key, cell, {}, "")
-        for choice in known.choices:
-            if (choice.key, choice.settings) == (asked.key, asked.settings):
+    choices = [choice for choice in known.choices if choice.key == tuned.key]
+    for cell in cells if choices else ():
+        asked = records.settings_around(tuned.key, cell)
+        for choice in choices:
+            if choice.settings == asked:
                 found[cell] = {**found.get(cell, {}), **choice.tried}
     return found
 

@@ -13,9 +13,7 @@ from fedmm.runs.evidence import LOCAL, STARTS, Row, against, gaps, interval, mea
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
-SCORING = (
-    "answers"  # the channel of what scoring moves, which is no cost of an arm: a personal one is scored everywhere
-)
+SCORING = "answers"  # channel: no cost of an arm, a personal one is scored everywhere
 _APART = "of all rounds; what goes once (features, frozen parts) and scoring apart"
 
 
