@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measure what a part costs")
     bench.add_argument("name", choices=BENCHES)
     bench.add_argument("--size", choices=("toy", "real"), default="toy", help="real: LLaVA-1.5-7B's; takes minutes")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, typed = parser.parse_args(argv), shlex.join(["fedmm", *argv])
     if args.command == "run":
         return _run(args.overrides)
     if args.command == "watch":
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench":
         return _bench(args.name, args.size)
     if args.command == "sweep":
-        return _sweep(args)
-    return _compare(args.paths, args.against, args.into)
+        return _sweep(args, typed)
+    return _compare(args, typed)
 
 
 def _run(overrides: list[str]) -> int:
@@ -113,27 +114,23 @@ def _run(overrides: list[str]) -> int:
     return 0
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace, typed: str) -> int:
     from fedmm.flower import server_app
     from fedmm.runs import records, results, sweep
 
-    path, overrides, against = args.dir, args.overrides, args.against
-    options = {"--tune": args.tune, "--tune-across": args.tune_across, "--known": args.known, "--against": against}
-    asked = [part for name, value in options.items() if value for part in (name, str(value))]
-    command = shlex.join(["fedmm", "sweep", str(path), *overrides, *asked])
     try:
         made = sweep.run(
-            path,
-            overrides,
+            args.dir,
+            args.overrides,
             sweep.search(args.tune, args.tune_across),
             known=records.load([args.known] if args.known else []),
             at_once=args.at_once,
             check=server_app.plan,
             say=lambda text: print(text, flush=True),
-            against=against,
-            command=command,
+            against=args.against,
+            command=typed,
         )
-        print(results.write(path / records.RESULTS, made, against, command).read_text())
+        print(results.write(args.dir / sweep.PAGE, made, args.against, typed).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -146,20 +143,27 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(paths: list[Path], against: str | None, into: Path | None) -> int:
+def _compare(args: argparse.Namespace, typed: str) -> int:
     from fedmm.runs import evidence, records, results, table
 
-    asked = [*(["--into", str(into)] if into else []), *(["--against", against] if against else [])]
-    command = shlex.join(["fedmm", "compare", *map(str, paths), *asked])
     try:
-        found = records.load(paths)
+        found = records.load(args.paths)
         rows = evidence.rows(found.runs)
-        print(table.markdown(rows, table.columns(against, rows)))
-        if into:
-            print(results.write(into, found, against, command))
+        print(table.markdown(rows, table.columns(args.against, rows)))
+        if args.into:
+            kept = args.into.with_suffix(".jsonl")
+            if lost := records.only_in(kept, found):
+                raise ValueError(
+                    f"{kept} has runs that these would not replace, {len(lost)} of them, as {lost[0].place}; name it "
+                    "among what is compared, give another --into, or remove it"
+                )
+            print(results.write(args.into, found, args.against, typed))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -4,14 +4,18 @@
 # figures land in docs/RESULTS.*. What docs/RESULTS.jsonl has already is not run again; without that file it is some 260
 # runs, hours on two cores.
 #
-#     bash scripts/experiment.sh [OVERRIDE...]        runs in runs/results/; a sweep that was stopped goes on
-#     arms=fedavg,feddat_llm scenarios=domain bash scripts/experiment.sh        a part, of any arms; in runs/results/ alone
+#     bash scripts/experiment.sh        runs in runs/results/; a sweep that was stopped goes on
+#
+# A part, any arms, or other settings stay in runs/results/, and docs/ as it is:
+#
+#     arms=fedavg,feddat_llm scenarios=domain bash scripts/experiment.sh
+#     bash scripts/experiment.sh OVERRIDE...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up
 cd "$root"
 
 into=
-[ -n "${arms:-}${scenarios:-}" ] || into=docs/RESULTS.md
+[ -n "${arms:-}${scenarios:-}$*" ] || into=docs/RESULTS.md
 arms=${arms:-local,fedavg,fedprox,fednano,feddat,centralised,fedavg_llm}
 scenarios=${scenarios:-dirichlet,domain,function,scene,task}
 known=docs/RESULTS.jsonl

@@ -22,9 +22,9 @@ def test_figures_by_hand(runs):
     t = 4.302653  # Student's, two degrees of freedom
     half = 100 * t * 0.1 / 3**0.5
     assert cell(rows, "local", "own test %") == f"60.0 ± {half:.1f}"
-    gains = [0.05, 0.04, 0.03]
     spread = 100 * t * 0.01 / 3**0.5
-    assert list(evidence.gaps(rows[2], rows[1]).values()) == pytest.approx(gains)
+    gained = evidence.differences(rows[2], rows[1])
+    assert gained == {s: pytest.approx({"0": 0.1, "1": -loss}) for s, loss in enumerate((0.0, 0.02, 0.04))}
     assert cell(rows, "FedAvg", "own - local") == f"+4.0 ± {spread:.1f}", "paired: not the difference of intervals"
     assert cell(rows, "local", "own - FedAvg") == f"-4.0 ± {spread:.1f}"
     assert cell(rows, "FedAvg", "own - FedAvg") == "–"
@@ -56,6 +56,16 @@ def test_one_seed_is_marked(runs):
     text = page(rows_of(runs[:2]))
     assert "| 1 ¹ |" in text and "¹ one seed" in text and "±" not in text
     assert "¹" not in page(rows_of(runs))
+
+
+def test_a_figure_of_fewer_seeds_than_its_row_says_so(runs, tmp_path):
+    """Here global accuracy of one of three, and the difference to an arm with two of the three."""
+    for seed in range(3):
+        final = {"global": 0.5 if seed == 0 else None, "own": {"0": 0.7, "1": 0.7}}
+        runs.append(write_arm(tmp_path / f"x{seed}", "X", seed, {"0": 0.7}, final=final))
+    rows = rows_of([run for run in runs if run.name != "local2"])
+    assert cell(rows, "X", "global accuracy %") == "50.0 ¹" and "¹ one seed" in page(rows)
+    assert cell(rows, "X", "own - local").endswith(" (2 seeds)") and "(" not in cell(rows, "X", "own - FedAvg")
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
@@ -96,6 +106,10 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     assert main(["compare", *map(str, runs), "--into", str(into)]) == 0
     assert "| FedAvg |" in capsys.readouterr().out
     assert "![accuracy" in into.read_text() and into.with_suffix(".png").exists()
+    assert main(["compare", *map(str, runs[:-1]), "--into", str(into)]) == 2
+    assert "1 of them, as ('domain', 'local', 2); name it among" in capsys.readouterr().err
+    assert main(["compare", *map(str, runs[:-1]), str(into.with_suffix(".jsonl")), "--into", str(into)]) == 0
+    assert main(["compare", *map(str, runs), "--into", str(runs[0] / "summary.json" / "page.md")]) == 1
     assert main(["compare", str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
     write_arm(tmp_path / "third", "X", 0, {"0": 0.5})

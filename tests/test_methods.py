@@ -153,6 +153,16 @@ def test_the_fisher_leaves_the_adapters_as_they_are(llava, local_llm):
     assert tree.digest(model.edge.state()) == before
 
 
+def test_the_fisher_of_some_examples_is_of_some_of_each_kind(llava, local_llm):
+    """A client's examples may lie kind by kind, so they are taken evenly spaced."""
+    model, items, out, _ = trained(llava, local_llm, lora)
+    some = diagonal_fisher(model, items, out.last, samples=3)
+    spaced = diagonal_fisher(model, [items[i * len(items) // 3] for i in range(3)], out.last)
+    for name, wanted in spaced.items():
+        assert torch.equal(some[name], wanted), name
+    assert len(items) > 3 and not torch.equal(some["text.up"], diagonal_fisher(model, items[:3], out.last)["text.up"])
+
+
 def test_ef_is_the_mean_of_the_squares_training_computed(llava, local_llm):
     model, items, out, _ = trained(llava, local_llm, fednano_ef)
     found = mean_of_squares(model, items, out.last)

@@ -250,6 +250,68 @@ def test_another_search_or_budget_is_not_known(tmp_path, ran):
     assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
 
 
+def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeypatch):
+    """Runs of the former value are set aside, whole, and others run; what differs in more than the value is refused."""
+    from fedmm.flower import server_app
+
+    right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
+    ran: list[str] = []
+
+    def fake(job: sweep.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
+        composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(1e-3, 3e-3).index(cfg.optimizer.lr)]})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    said: list[str] = []
+    how = {"at_once": 1, "check": server_app.plan, "say": said.append}
+    search = sweep.search("optimizer.lr=1e-3,3e-3", "scenario")
+    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain"], search, **how)
+    assert ran[2:] == ["domain 0.003 0"]
+    made = sweep.run(tmp_path, ["arm=fedavg", "scenario=domain,function"], search, **how)
+    assert ran[5:] == ["domain 0.001 0", "function 0.001 0"]
+    assert "with optimizer.lr=0.003 is set aside, 0.001 is chosen now" in "".join(said)
+    assert [run.settings["optimizer.lr"] for run in made.runs] == [1e-3, 1e-3]
+    (aside,) = (tmp_path / "aside").iterdir()
+    assert records.of_arm(aside).settings["optimizer.lr"] == 3e-3
+    told = records.load([tmp_path])
+    assert {run.settings["optimizer.lr"] for run in told.runs} == {1e-3} and len(told.runs) == 2
+    assert {choice.chosen for choice in told.choices} == {"0.001"}
+    with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
+        sweep.run(tmp_path, ["arm=fedavg", "scenario=domain,function", "rounds=3"], search, **how)
+
+
+def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
+    """Half an epoch is none, and a momentum above 1 the rule refuses: the sweep goes on with what there is."""
+    assert sweep.further({"1": 0.9, "2": 0.5, "4": 0.1}, 5) is None
+    assert sweep.further({"1": 0.1, "2": 0.5, "4": 0.9}, 5) == ("1", "2", "4", "8")
+
+    def check(asked: list[str]) -> None:
+        if (rate := config.compose(asked).optimizer.lr) > 0.01:
+            raise ValueError(f"{rate} is too high")
+
+    search = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
+    made = sweep.run(tmp_path, ["arm=fedavg"], search, at_once=1, check=check, say=print)
+    assert [choice.chosen for choice in made.choices] == ["0.009"] and ran[-1] == "FedAvg 0.009 0"
+
+
+def test_what_is_searched_cannot_be_given_too(tmp_path):
+    asked = ["arm=fedavg", "optimizer.lr=1e-3,3e-3"]
+    with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
+        sweep.run(tmp_path, asked, sweep.search("optimizer.lr=1e-3,3e-3"), at_once=1, check=lambda _: None, say=print)
+
+
+def test_a_sweep_keeps_what_it_was_given_through_its_later_parts(tmp_path, ran):
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    known = sweep.run(tmp_path / "first", ["arm=fedavg,fedprox"], None, **how)
+    sweep.run(tmp_path / "next", ["arm=fedavg,fedprox"], None, known=known, **how)
+    sweep.run(tmp_path / "next", ["arm=local"], None, **how)
+    assert len(ran) == 3, "two at first, one more"
+    told = records.load([tmp_path / "next"]).runs
+    assert sorted(run.summary["label"] for run in told) == ["FedAvg", "FedProx", "local"]
+
+
 def test_data_are_called_by_what_chose_them():
     assert config.compose(["scenario=function"]).data == "function"
     assert config.compose(["dataset=scenes_sites", "partition=iid"]).data == "scenes_sites, iid"

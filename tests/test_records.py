@@ -13,7 +13,7 @@ from fedmm.runs import config, evidence, records, results
 
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
     for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
-        records.note(tmp_path, command=command)
+        records.note(tmp_path, records.Records(commands={command: records.now()}))
     told = replace(records.load(runs), commands=records.beside(tmp_path).commands)
     page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
     lines = [line for line in page.splitlines() if line.startswith("- `")]
@@ -51,6 +51,32 @@ def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
     twice = records.load([*runs, tmp_path / "a" / "page.jsonl"])
     assert len(twice.runs) == len(runs), "told of twice alike is one"
     assert page(evidence.rows(twice.runs)) == page(rows_of(runs))
+
+
+def test_a_search_is_known_again_beside_runs_of_another_arm(tmp_path):
+    """What all runs of a file share is told once, and is no matter of a search that asked something else."""
+    run = composed_arm(tmp_path / "run", ["arm=fedprox", f"run.dir={tmp_path}/run"], {"0": 0.5})
+    choices = [records.Choice.of("optimizer.lr", [f"arm={arm}"], {"1": 0.5}, "1") for arm in ("fedavg", "fedprox")]
+    records.save(tmp_path / "kept.jsonl", replace(records.load([run]), choices=choices))
+    assert records.load([tmp_path / "kept.jsonl"]).choices == choices
+
+
+def test_a_page_shows_the_mean_that_a_common_value_was_chosen_by(runs, tmp_path):
+    """Each scenario's own figures beside it, values in rising order, and what all combinations share left out."""
+    found = {"domain": {"0.003": 0.5, "0.0015": 0.4}, "function": {"0.003": 0.6, "0.0015": 0.8}}
+    choices = [
+        records.Choice.of("optimizer.lr", ["arm=fedavg", f"scenario={name}", "rounds=2"], tried, "0.0015", ["scenario"])
+        for name, tried in found.items()
+    ]
+    told = replace(records.load(runs), choices=choices)
+    page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
+    assert page.splitlines()[-5:] == [
+        "| combination | setting | chosen | 0.0015 | 0.003 |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| scenario=domain | optimizer.lr | 0.0015 | 40.0 | 50.0 |",
+        "| scenario=function | optimizer.lr | 0.0015 | 80.0 | 60.0 |",
+        "| (mean over scenario) | optimizer.lr | 0.0015 | 60.0 | 55.0 |",
+    ]
 
 
 def test_a_run_told_of_twice_with_other_figures_is_refused(runs, tmp_path):

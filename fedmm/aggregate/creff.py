@@ -11,6 +11,7 @@ Source: Shang et al. 2022 (CReFF), section 4; the numbers are those of its relea
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,11 @@ from fedmm.aggregate import running
 from fedmm.types import State, Update
 
 GRADIENTS, WEIGHT, BIAS = "gradients", "retrained.weight", "retrained.bias"
+Retrained = Annotated[State, "of a rule that trains a classifier's second head"]
 
 
 def creff(
-    current: State,
+    current: Retrained,
     updates: Iterable[Update],
     memory: State,
     *,

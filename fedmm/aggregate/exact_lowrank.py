@@ -30,7 +30,7 @@ _FLAT = 0.01  # of mean(A)'s largest singular value: a smaller one is raised to 
 
 
 def exact_lowrank(
-    current: State, updates: Gathered, memory: State, *, weights: running.Weights = "examples"
+    current: lowrank.Paired, updates: Gathered, memory: State, *, weights: running.Weights = "examples"
 ) -> tuple[State, State]:
     """Merge low-rank pairs by the weighted mean of their products, everything else by the plain mean.
 

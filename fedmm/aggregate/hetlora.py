@@ -22,7 +22,7 @@ from fedmm.types import State, Update
 
 
 def hetlora(
-    current: State, updates: Iterable[Update], memory: State, *, weights: running.Weights = "examples"
+    current: lowrank.Paired, updates: Iterable[Update], memory: State, *, weights: running.Weights = "examples"
 ) -> tuple[State, State]:
     """Merge pairs of any rank up to the server's; `weights` is for what is no pair. Holds one update at a time."""
     pairs = lowrank.whole_pairs(current, "rule=hetlora")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor
 from fedmm.aggregate import running
 from fedmm.aggregate.gathered import Gathered
 from fedmm.types import State, Update
+
+Paired = Annotated[State, "of a rule that looks at B and A of a pair together"]
+Folded = Annotated[State, "of a rule that looks at pairs and folds their products into the base"]
 
 _UP = {"down": "up", "lora_A": "lora_B"}
 

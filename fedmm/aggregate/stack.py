@@ -24,7 +24,7 @@ from fedmm.types import State
 
 
 def stack(
-    current: State,
+    current: lowrank.Folded,
     updates: Gathered,
     memory: State,
     *,

@@ -41,7 +41,8 @@ def mean_of_squares(model: Model, items: Sequence[Prepared], step: Step) -> Stat
 def diagonal_fisher(
     model: Model, items: Sequence[Prepared], step: Step, *, batch_size: int = 32, samples: int | None = None
 ) -> State:
-    """The diagonal Fisher at the trained adapters over the first `samples` of the client's examples (None: all).
+    """The diagonal Fisher at the trained adapters over `samples` of the client's examples (None: all), evenly spaced:
+    a partition may leave them kind by kind.
 
     The LLM gives, in one pass a batch, each term's gradient by h and the sum over samples of the squared one by B.
     A's is formed here, where h is: `dL_i/dA = (dL_i/dh)^T x`, sample by sample. Costs one more pass over the data.
@@ -49,7 +50,8 @@ def diagonal_fisher(
     """
     parameters = model.edge.trainable("shared")
     total: State = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in parameters.items()}
-    items = items[:samples]
+    if samples is not None and samples < len(items):
+        items = [items[i * len(items) // samples] for i in range(samples)]
     if not model.edge.terms_only:
         _add_singly(total, model, items)
         return tree.scale(total, 1 / len(items))

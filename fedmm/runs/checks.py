@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from fedmm.aggregate import lowrank, trimmed
+from fedmm.aggregate import creff, lowrank, trimmed
 from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.runs import targets
@@ -18,9 +18,6 @@ from fedmm.runs.derived import at_client, is_loopback, own_rank, per_round, zero
 from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, ConfigError
 from fedmm.runs.targets import locate, make
 from fedmm.types import State, Update
-
-FOLDING = "stack"  # the rule that folds products into the base
-OF_PAIRS = ("exact_lowrank", FOLDING, "hetlora")  # rules that look at B and A together
 
 
 def mistakes(cfg: Config) -> Iterator[str]:
@@ -81,7 +78,7 @@ def _head(cfg: Config) -> Iterator[str]:
         if cfg.method.retrained:
             yield "method.retrained is a classifier's second head; set head=classes, or choose another method"
         return
-    by_creff = str((cfg.rule or {}).get("_target_")).endswith(".creff")
+    by_creff = _merges(cfg) == creff.Retrained
     if by_creff and not cfg.method.retrained:
         yield "rule=creff trains a head from gradients that no client sends; set method=creff, or choose another rule"
     if cfg.method.retrained and not by_creff:
@@ -154,9 +151,9 @@ def _rule(cfg: Config) -> Iterator[str]:
             f"rule.keep={keep} of {K} clients in a round keeps some of rule.byzantine={byzantine}; lower one, or raise "
             "clients or clients_per_round"
         )
-    if isinstance(trim, float) and trim >= 1 and trim != int(trim):
+    if isinstance(trim, float) and trim >= 1 and not trim.is_integer():
         yield f"rule.trim must be a share below 0.5, or a whole number of clients from 1, got {trim:g}"
-    if isinstance(trim, int | float) and (0 <= trim < 0.5 or trim >= 1) and trimmed.dropped(trim, K) * 2 >= K:
+    elif isinstance(trim, int | float) and (0 <= trim < 0.5 or trim >= 1) and trimmed.dropped(trim, K) * 2 >= K:
         yield (
             f"rule.trim={trim:g} must leave one of {K} clients in a round, and drops {trimmed.dropped(trim, K)} at "
             "each end; lower it, or raise clients or clients_per_round"
@@ -179,6 +176,14 @@ def _groups(cfg: Config) -> Iterator[str]:
                 f"evaluate.groups={by} needs {path}=true: the server counts the classes and reads the answers; set it, "
                 "or set evaluate.groups=null"
             )
+
+
+def _merges(cfg: Config) -> Any:
+    """What the rule's signature says of the state that it merges."""
+    try:
+        return targets.hints_of(locate(str((cfg.rule or {}).get("_target_")))).get("current")
+    except ConfigError:
+        return None  # told elsewhere
 
 
 def _own_schema(cfg: Config) -> str | None:
@@ -214,13 +219,13 @@ def _rehearse(cfg: Config) -> Iterator[str]:
         yield str(error)
         return
     named = str((cfg.rule or {}).get("_target_")).rpartition(".")[2]
-    if named in OF_PAIRS and one_set and not list(lowrank.pairs(one_set)):
+    if _merges(cfg) in (lowrank.Paired, lowrank.Folded) and one_set and not list(lowrank.pairs(one_set)):
         yield f"rule={named} merges low-rank pairs B A, of which clients train none: it is the mean; set rule=mean"
-    if named == FOLDING and cfg.align.step:
-        yield "align does not see what rule=stack folds into the base; set align=none, or rule=exact_lowrank"
-    if named == FOLDING and set(cfg.method.sets) > {"shared"}:
+    if _merges(cfg) == lowrank.Folded and cfg.align.step:
+        yield f"align does not see what rule={named} folds into the base; set align=none, or rule=exact_lowrank"
+    if _merges(cfg) == lowrank.Folded and set(cfg.method.sets) > {"shared"}:
         yield (
-            f"rule=stack folds products into the base, on which method.sets={list(cfg.method.sets)} stand too; "
+            f"rule={named} folds products into the base, on which method.sets={list(cfg.method.sets)} stand too; "
             "take a method whose one set is shared, or rule=exact_lowrank"
         )
     told: dict[str, None] = {}

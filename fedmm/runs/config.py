@@ -77,7 +77,7 @@ def check(cfg: Config) -> Iterator[str]:
             yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
 
 
-@functools.lru_cache(maxsize=64)  # a client composes the same overrides for every message
+@functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):

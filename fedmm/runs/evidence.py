@@ -182,11 +182,11 @@ def interval(values: Iterable[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def gaps(row: Row, other: Row) -> dict[int, float]:
-    """By how much own accuracy, mean over the clients that both have scored, is above that of `other`, by seed."""
+def differences(row: Row, other: Row) -> dict[int, dict[str, float]]:
+    """Own accuracy less that of `other`, by seed and client, of the clients that both have scored; no seed without."""
     mine, theirs = row.own(), other.own()
     return {
-        seed: statistics.fmean(own[client] - theirs[seed][client] for client in both)
+        seed: {client: own[client] - theirs[seed][client] for client in own if client in both}
         for seed, own in mine.items()
         if (both := own.keys() & theirs.get(seed, {}).keys())
     }

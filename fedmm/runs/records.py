@@ -5,7 +5,8 @@ their own runs with it, and a sweep does not repeat what is in it. It is jsonl, 
 
     {"settings": {...}}                                                          what all its runs were asked alike
     {"settings": {...}, "summary": {...}}                                        a run: what else, and its summary.json
-    {"settings": {...}, "search": "optimizer.lr", "combination": [...], "tried": {...}, "chosen": ...}    a search
+    {"settings": {...}, "search": "optimizer.lr", "combination": [...], "tried": {...}, "chosen": ..., "across": [...]}
+                                                                                 a search
     {"command": ..., "when": ...}                                                what made some of them
 
 Settings are by path, as in `optimizer.lr`. They know a run again, not the code that made it: a record of another
@@ -26,10 +27,9 @@ from omegaconf import OmegaConf
 
 from fedmm.runs import config, home, summary
 
-RESULTS = "results.md"  # a sweep's page, in its folder; its records lie beside it
-_CHOICES, _COMMANDS = "tuned.json", "commands.json"  # in a sweep's folder
+_CHOICES, _COMMANDS, _KNOWN = "tuned.json", "commands.json", "known.jsonl"  # in a sweep's folder
 _COMMON, _RUN, _CHOICE, _COMMAND = (
-    {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "tried", "chosen"},
+    {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "across", "tried", "chosen"},
     {"command", "when"},
 )  # fmt: skip
 
@@ -46,17 +46,24 @@ class Run:
     def seed(self) -> int:
         return int(self.settings["seed"])
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Where it stands in a table: its data, its label, its seed. A table has one run for each."""
+        return self.summary["data"], self.summary["label"], self.seed
+
 
 @dataclass(frozen=True)
 class Choice:
     """What a search over the values of one setting found for a combination of a sweep, accuracy by value in the order
-    of the values, and which it took. `settings` are the combination's, less the one that was searched and the seed."""
+    of the values, and which it took: the best on average over combinations that differ in the keys of `across` alone.
+    `settings` are the combination's, less the one that was searched and the seed."""
 
     key: str
     combination: tuple[str, ...]
     settings: Mapping[str, Any]
     tried: Mapping[str, float]
     chosen: str
+    across: tuple[str, ...] = ()
 
     @property
     def at_the_edge(self) -> bool:
@@ -65,8 +72,10 @@ class Choice:
         return len(values) > 2 and self.chosen in (values[0], values[-1])
 
     @classmethod
-    def of(cls, key: str, combination: Sequence[str], tried: Mapping[str, float], chosen: str) -> Choice:
-        return cls(key, tuple(combination), settings_around(key, combination), tried, chosen)
+    def of(
+        cls, key: str, combination: Sequence[str], tried: Mapping[str, float], chosen: str, across: Sequence[str] = ()
+    ) -> Choice:
+        return cls(key, tuple(combination), settings_around(key, combination), tried, chosen, tuple(across))
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,14 @@ def settings_around(key: str, combination: Sequence[str]) -> dict[str, Any]:
     return _less(settings_of(config.compose(combination)), key)
 
 
+def asked_in(folder: Path) -> dict[str, Any]:
+    """What the run of an arm's folder was asked, finished or not."""
+    return settings_of(OmegaConf.load(folder / "config.yaml"))
+
+
 def of_arm(folder: Path) -> Run:
     """A finished arm, from its folder."""
-    told = json.loads((folder / "summary.json").read_text())
-    return Run(str(folder), settings_of(OmegaConf.load(folder / "config.yaml")), told)
+    return Run(str(folder), asked_in(folder), json.loads((folder / "summary.json").read_text()))
 
 
 def load(paths: Iterable[Path]) -> Records:
@@ -111,36 +124,46 @@ def load(paths: Iterable[Path]) -> Records:
 
 def save(file: Path, records: Records) -> None:
     """Write a file of records."""
+    first = dict(records.runs[0].settings) if records.runs else {}
     asked = [run.settings.items() for run in records.runs]
-    first = dict(asked[0]) if asked else {}
+    asked += [{**_of(first, (choice.key, "seed")), **choice.settings}.items() for choice in records.choices]
     common = {key: value for key, value in first.items() if all((key, value) in items for items in asked)}.items()
 
     def own(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings.items() if (key, value) not in common}
 
     lines: list[Mapping[str, Any]] = [{"settings": dict(common)}]
-    for run in sorted(records.runs, key=lambda run: (run.summary["data"], run.summary["label"], run.seed)):
+    for run in sorted(records.runs, key=lambda run: run.place):
         lines.append({"settings": own(run.settings), "summary": run.summary})
     lines += [_row(choice) | {"settings": own(choice.settings)} for choice in records.choices]
     lines += [{"command": command, "when": when} for command, when in records.commands.items()]
     home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
+def only_in(file: Path, told: Records) -> list[Run]:
+    """Runs that a file of records has, where there is one, and that nothing of `told` takes the place of."""
+    places = {run.place for run in told.runs}
+    return [run for run in (_read(file).runs if file.exists() else ()) if run.place not in places]
+
+
 # ---- a sweep's folder -----------------------------------------------------------------------------------------------
 
 
 def beside(sweep: Path) -> Records:
-    """What a sweep's folder tells beside its runs: what searches chose, and the commands."""
-    return Records((), [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
+    """What a sweep's folder tells beside its own runs: those it was given, what searches chose, and the commands."""
+    given = _read(sweep / _KNOWN).runs if (sweep / _KNOWN).exists() else ()
+    return Records(given, [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
 
 
-def note(sweep: Path, *, choices: Iterable[Choice] = (), command: str | None = None) -> None:
-    """Keep with a sweep's folder what searches chose, and a command with the first day that made a part of it."""
+def note(sweep: Path, told: Records) -> None:
+    """Keep with a sweep's folder runs that are known from elsewhere, what searches chose, and commands with the first
+    day that made a part of it; what is told later stands in the place of what was."""
     known = beside(sweep)
-    rows = {(choice.key, choice.combination): _row(choice) for choice in (*known.choices, *choices)}
-    home.write(sweep / _CHOICES, json.dumps(list(rows.values()), indent=1).encode())
-    made = ({command: now()} if command else {}) | dict(known.commands)
-    home.write(sweep / _COMMANDS, json.dumps(made, indent=1).encode())
+    runs = {run.place: run for run in (*known.runs, *told.runs)}
+    choices = {(choice.key, choice.combination): _row(choice) for choice in (*known.choices, *told.choices)}
+    save(sweep / _KNOWN, Records(list(runs.values())))
+    home.write(sweep / _CHOICES, json.dumps(list(choices.values()), indent=1).encode())
+    home.write(sweep / _COMMANDS, json.dumps({**told.commands, **known.commands}, indent=1).encode())
 
 
 def now() -> str:
@@ -149,15 +172,14 @@ def now() -> str:
 
 
 def _of_folder(path: Path) -> Records:
-    """A sweep given records has no folder for what it found in them; the records of its page have it."""
+    """A run's folder, or a sweep's; there, what it ran itself counts before what it was given."""
     inside = sorted((path / "runs").iterdir()) if (path / "runs").is_dir() else [path]
     runs = [of_arm(arm) for folder in inside for arm in summary.arm_folders(folder)]
-    page = (path / RESULTS).with_suffix(".jsonl")
-    known, told = _read(page) if page.exists() else Records(), beside(path)
-    runs += [run for run in known.runs if not any(run.settings == own.settings for own in runs)]
+    told, own = beside(path), {run.place for run in runs}
+    runs += [run for run in told.runs if run.place not in own]
     if not runs:
         raise ValueError(f"no finished run in {path}; a finished one has a summary.json")
-    return Records(runs, told.choices, {**known.commands, **told.commands})
+    return Records(runs, told.choices, told.commands)
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------
@@ -176,7 +198,7 @@ def _read(file: Path) -> Records:
             common = row["settings"]
         elif row.keys() == _RUN:
             runs.append(Run(str(file), {**common, **row["settings"]}, row["summary"]))
-        elif row.keys() == _CHOICE:
+        elif row.keys() | {"across"} == _CHOICE:
             choices.append(_choice(row | {"settings": _less({**common, **row["settings"]}, row["search"])}))
         elif row.keys() == _COMMAND:
             commands[row["command"]] = row["when"]
@@ -202,12 +224,17 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _row(choice: Choice) -> dict[str, Any]:
     return {
         "settings": dict(choice.settings), "search": choice.key, "combination": list(choice.combination),
-        "tried": dict(choice.tried), "chosen": choice.chosen,
+        "tried": dict(choice.tried), "chosen": choice.chosen, "across": list(choice.across),
     }  # fmt: skip
 
 
 def _choice(row: Mapping[str, Any]) -> Choice:
-    return Choice(row["search"], tuple(row["combination"]), row["settings"], row["tried"], row["chosen"])
+    across = tuple(row.get("across", ()))  # older records do not tell
+    return Choice(row["search"], tuple(row["combination"]), row["settings"], row["tried"], row["chosen"], across)
+
+
+def _of(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def _less(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

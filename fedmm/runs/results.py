@@ -3,7 +3,8 @@ the records they were made of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedmm.runs import evidence, home, plots, records, table
@@ -42,14 +43,37 @@ def write(into: Path, made_of: Records, against: str | None, command: str) -> Pa
 
 
 def _chosen(choices: Sequence[Choice]) -> str:
-    """What each search found, a column for each value that any of them tried."""
-    values = list(dict.fromkeys(value for choice in choices for value in choice.tried))
+    """What each search found, a column for each value that any of them tried, and the mean of those that took one."""
+    values = _in_order(value for choice in choices for value in choice.tried)
+    everywhere = set.intersection(*(set(choice.combination) for choice in choices)) if len(choices) > 1 else set()
+    together: dict[tuple[str, ...], list[Choice]] = {}
+    for choice in choices:
+        alike = (part for part in choice.combination if part.split("=")[0] not in choice.across)
+        together.setdefault((choice.key, choice.chosen, *alike), []).append(choice)
     lines = [
         "| combination | setting | chosen | " + " | ".join(values) + " |",
         "| --- | --- |" + " ---: |" * (1 + len(values)),
     ]
-    for choice in choices:
-        tried = " | ".join(f"{100 * choice.tried[v]:.1f}" if v in choice.tried else "–" for v in values)
-        edge = " (edge)" if choice.at_the_edge else ""
-        lines.append(f"| {' '.join(choice.combination)} | {choice.key} | {choice.chosen}{edge} | {tried} |")
-    return "Own accuracy in per cent of a seed used for nothing else.\n\n" + "\n".join(lines)
+    for (key, chosen, *shared), group in together.items():
+        edge = " (edge)" if group[0].at_the_edge else ""
+        rows = [(choice.combination, choice.tried) for choice in group]
+        if group[0].across:
+            of_all = {
+                v: statistics.fmean(c.tried[v] for c in group) for v in values if all(v in c.tried for c in group)
+            }
+            rows.append(((*shared, f"(mean over {', '.join(group[0].across)})"), of_all))
+        for combination, tried in rows:
+            name = " ".join(part for part in combination if part not in everywhere) or "–"
+            cells = " | ".join(f"{100 * tried[value]:.1f}" if value in tried else "–" for value in values)
+            lines.append(f"| {name} | {key} | {chosen}{edge} | {cells} |")
+    shown = "Own accuracy in per cent of a seed used for nothing else."
+    return "\n\n".join([shown, "\n".join(lines)])
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    """Each once; numbers in rising order."""
+    once = list(dict.fromkeys(values))
+    try:
+        return sorted(once, key=float)
+    except ValueError:
+        return once

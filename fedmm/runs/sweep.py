@@ -8,10 +8,12 @@ small search for each. With `--tune-across scenario` it goes on with the best on
 little. Of three values or more the search goes on past an end that is best, by the same step, twice at most. A run is
 done when it has its summary; what is done is not repeated, what was cut goes on.
 
-The same folder takes more values later: what it holds of them is done.
+The same folder takes more values later: what it holds of them is done. Where a wider search then chooses another value,
+runs of the former are set aside.
 
-    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/tuned.json  what was chosen
-    DIR/commands.json     DIR/results.md  .png  .jsonl
+    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/aside/<name>  runs of a value no longer chosen
+    DIR/tuned.json  what was chosen     DIR/known.jsonl  what --known gave     DIR/commands.json
+    DIR/results.md  .png  .jsonl
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from fedmm.runs.folder import alone
 from fedmm.runs.records import Choice, Records, Run
 from fedmm.types import FedmmError
 
+PAGE = "results.md"  # in a sweep's folder; picture and records beside it
 TUNING_SEED = 100
 FURTHER = 2  # values at most that a search takes beyond its ends
 _NAMED = ("arm", "method", "rule", "scenario", "dataset", "partition", "seed", "label", "data")  # name themselves
@@ -154,7 +157,7 @@ def best(tried: Mapping[str, float]) -> str:
 
 def further(tried: Mapping[str, float], most: int) -> tuple[str, ...] | None:
     """The values tried and one beyond the end, where that was the best of three or more; None where it was not, `most`
-    are tried, or they are no positive numbers."""
+    are tried, they are no positive numbers, or whole ones and the next is none."""
     values = tuple(tried)
     if not 2 < len(values) < most or not all(_number(value) and float(value) > 0 for value in values):
         return None
@@ -162,8 +165,11 @@ def further(tried: Mapping[str, float], most: int) -> tuple[str, ...] | None:
         return None
     first = chosen == values[0]
     end, beside = values[:2] if first else values[:-3:-1]
-    beyond = f"{float(end) ** 2 / float(beside):g}"
-    return (beyond, *values) if first else (*values, beyond)
+    beyond = float(end) ** 2 / float(beside)
+    if (whole := all(map(str.isdigit, values))) and not beyond.is_integer():
+        return None
+    text = f"{beyond:.0f}" if whole else f"{beyond:g}"
+    return (text, *values) if first else (*values, text)
 
 
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
@@ -180,6 +186,8 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
         raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
     if tuned and (unknown := set(tuned.across) - config.axes(overrides).keys()):
         raise settings.ConfigError(f"--tune-across {min(unknown)} is no override of this sweep; name one that is")
+    if tuned and tuned.key in config.axes(overrides):
+        raise settings.ConfigError(f"{tuned.key} is what --tune chooses; leave {tuned.key}=... or --tune out")
     known = known or Records()
     cells = trials(path / "tune", overrides, tuned) if tuned else {}
     tried = _known_trials(known, cells, tuned) if tuned else {}
@@ -189,20 +197,22 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     _check([*tune_jobs, *unplaced] if tuned else final, check)
     evidence.against(_told_apart(final), against)
     with alone(path):
-        records.note(path, command=command)
+        records.note(path, Records(commands={command: records.now()} if command else {}))
         chosen: dict[tuple[str, ...], Choice] = {}
         if tuned:
             key = tuned.key
-            chosen = _tuned(path / "tune", overrides, tuned, tried, lambda asked: _run_all(asked, at_once, say))
+            chosen = _tuned(path / "tune", overrides, tuned, tried, check, lambda asked: _run_all(asked, at_once, say))
             final = jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)].chosen}"])
-            records.note(path, choices=chosen.values())
+            _set_aside(path / "aside", final, key, say)
         found = _known_runs(known, final, say)
         missing = [job for job in final if job not in found]
         if tuned:
             _check(missing, check)
+        commands = known.commands if found or tried else {}
+        records.note(path, Records(list(found.values()), list(chosen.values()), commands))
         _run_all(missing, at_once, say)
     runs = [found.get(job) or records.of_arm(job.path) for job in final]
-    return Records(runs, list(chosen.values()), {**known.commands, **records.beside(path).commands})
+    return Records(runs, list(chosen.values()), records.beside(path).commands)
 
 
 def _known_trials(
@@ -252,9 +262,11 @@ def _tuned(
     overrides: Sequence[str],
     tuned: Search,
     tried: Mapping[tuple[str, ...], Mapping[str, float]],
+    check: Callable[[list[str]], Any],
     run_all: Callable[[Sequence[Job]], None],
 ) -> dict[tuple[str, ...], Choice]:
-    """What is chosen for every combination once no search goes on; `tried` is known already."""
+    """What is chosen for every combination once no search goes on; `tried` is known already. A search ends before a
+    value that cannot be."""
     wider: dict[tuple[str, ...], Sequence[str]] = {}
     while True:
         cells = trials(path, overrides, tuned, wider)
@@ -267,8 +279,11 @@ def _tuned(
         means = {cell: _mean_of([found[other] for other in _alike(cell, found, tuned.across)]) for cell in found}
         most = len(tuned.values) + FURTHER
         more = {cell: values for cell, mean in means.items() if (values := further(mean, most))}
+        next_jobs = trials(path, overrides, tuned, more) if more else {}
+        odd = {cell for cell in more if _mistakes(_untried({cell: next_jobs[cell]}, found), check)}
+        more = {cell: values for cell, values in more.items() if not odd & {*_alike(cell, found, tuned.across)}}
         if not more:
-            return {cell: Choice.of(tuned.key, cell, found[cell], best(means[cell])) for cell in found}
+            return {cell: Choice.of(tuned.key, cell, found[cell], best(means[cell]), tuned.across) for cell in found}
         wider |= more
 
 
@@ -324,16 +339,34 @@ def _run_one(job: Job) -> bool:
     return ended.returncode == 0 and job.done
 
 
+def _set_aside(path: Path, final: Sequence[Job], key: str, say: Callable[[str], None]) -> None:
+    """Move runs that differ in the value of the searched setting alone from what is asked now."""
+    for job in final:
+        if not (job.path / "config.yaml").exists():
+            continue
+        there, wanted = records.asked_in(job.path), records.settings_of(config.compose(job.overrides))
+        if evidence.differing(there, wanted) == [key]:
+            with alone(job.path, wait=True):  # a sweep that was killed may have left it running
+                path.mkdir(exist_ok=True)
+                job.path.rename(path / f"{job.name}_{key}-{there[key]}_{time.time_ns()}")
+            say(f"{job.name} with {key}={there[key]} is set aside, {wanted[key]} is chosen now")
+
+
 def _check(asked: Sequence[Job], check: Callable[[list[str]], Any]) -> None:
-    mistakes: dict[str, list[str]] = {}
+    if mistakes := _mistakes(asked, check):
+        lines = (f"{message}\n  ({_some(names)})" for message, names in mistakes.items())
+        raise settings.ConfigError("\n".join(lines))
+
+
+def _mistakes(asked: Sequence[Job], check: Callable[[list[str]], Any]) -> dict[str, list[str]]:
+    """What is wrong, and with which runs."""
+    found: dict[str, list[str]] = {}
     for job in asked:
         try:
             check(list(job.overrides))
         except ValueError as error:
-            mistakes.setdefault(str(error), []).append(job.name)
-    if mistakes:
-        lines = (f"{message}\n  ({_some(names)})" for message, names in mistakes.items())
-        raise settings.ConfigError("\n".join(lines))
+            found.setdefault(str(error), []).append(job.name)
+    return found
 
 
 def _told_apart(planned: Sequence[Job]) -> list[str]:

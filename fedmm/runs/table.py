@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmm.evaluate.groups import GROUPS
-from fedmm.runs.evidence import LOCAL, STARTS, Row, against, gaps, interval, mean, named, partner
+from fedmm.runs.evidence import LOCAL, STARTS, Row, against, differences, interval, mean, named, partner
 
 MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
@@ -32,14 +32,16 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     return (
         Column("arm", lambda row, others: row.label),
         Column(
-            "global accuracy %", lambda row, others: percent(row.overall().values()), "on everybody's test questions"
+            "global accuracy %",
+            lambda row, others: _percent(row, row.overall().values()),
+            "on everybody's test questions",
         ),
         Column(
             "own test %",
-            lambda row, others: percent(row.own_mean().values()),
+            lambda row, others: _percent(row, row.own_mean().values()),
             "each client on its own part, their mean",
         ),
-        Column("worst client %", lambda row, others: percent(row.over_clients(min).values())),
+        Column("worst client %", lambda row, others: _percent(row, row.over_clients(min).values())),
         *_group_columns(table_of),
         Column("link MB up", lambda row, others: _megabytes(row.moved_bytes(_on_link, [0])), _APART),
         Column("link MB down", lambda row, others: _megabytes(row.moved_bytes(_on_link, [1]))),
@@ -57,7 +59,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         *_budget_columns(table_of),
         Column(
             "spread",
-            lambda row, others: percent(row.over_clients(statistics.pstdev).values()),
+            lambda row, others: _percent(row, row.over_clients(statistics.pstdev).values()),
             "standard deviation of own accuracy over clients",
         ),
         _gap_column(chosen),
@@ -87,7 +89,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
 def _group_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     """Many, medium and few classes, where some row has them."""
     return tuple(
-        Column(f"{name} %", lambda row, others, name=name: percent(row.group(name).values()))  # type: ignore[misc]
+        Column(f"{name} %", lambda row, others, name=name: _percent(row, row.group(name).values()))  # type: ignore[misc]
         for name in GROUPS
         if any(row.group(name) for row in table_of)
     )
@@ -129,7 +131,7 @@ def _product_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     return (
         Column(
             "product error %",
-            lambda row, others: percent(row.product_error().values()),
+            lambda row, others: _percent(row, row.product_error().values()),
             "of the adapters' merged products B A against the mean of the clients', relative to that, over rounds; "
             "none where clients keep one of the two to themselves, or are too many for it",
         ),
@@ -206,24 +208,22 @@ def by_client(table_of: Sequence[Row]) -> str:
     for row in table_of:
         alone = partner(row, _beside(row, table_of), LOCAL)
         if alone is not None and row.label not in STARTS and row.same_clients:
-            gains.append((row, _gains(row.own(), alone.own())))
+            gains.append((row, _by_client(differences(row, alone))))
     gains = [(row, gained) for row, gained in gains if 0 < len(gained) <= MOST_CLIENTS]
     clients = sorted({client for _, gained in gains for client in gained}, key=int)
     lines = ["| data | arm |" + "".join(f" client {c} |" for c in clients), "| --- | --- |" + " ---: |" * len(clients)]
     for row, gained in gains:
-        points = "".join(f" {_points(gained.get(c, []))} |" for c in clients)
+        points = "".join(f" {_percent(row, gained.get(c, []), '+')} |" for c in clients)
         lines.append(f"| {row.data} | {row.label} |{points}")
     return "\n".join(lines) if gains else ""
 
 
-def _gains(
-    mine: Mapping[int, Mapping[str, float]], theirs: Mapping[int, Mapping[str, float]]
-) -> dict[str, list[float]]:
-    """One accuracy less the other, by client, of each seed that has both."""
+def _by_client(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, list[float]]:
+    """Differences by client, one a seed."""
     found: dict[str, list[float]] = defaultdict(list)
-    for seed in mine.keys() & theirs.keys():
-        for client in mine[seed].keys() & theirs[seed].keys():
-            found[client].append(mine[seed][client] - theirs[seed][client])
+    for of_clients in by_seed.values():
+        for client, difference in of_clients.items():
+            found[client].append(difference)
     return found
 
 
@@ -233,21 +233,17 @@ def _beside(row: Row, table_of: Sequence[Row]) -> dict[str, Row]:
 
 
 def _gap(row: Row, other: Row | None) -> str:
-    return _points(gaps(row, other).values()) if other is not None else "–"
-
-
-def _points(differences: Collection[float]) -> str:
-    """Differences, one a seed; a single one is marked."""
-    return percent(differences, "+") + (f" {ONE_SEED}" if len(differences) == 1 else "")
+    if other is None:
+        return "–"
+    gaps = [statistics.fmean(of_clients.values()) for of_clients in differences(row, other).values()]
+    return _percent(row, gaps, "+")
 
 
 def _better_off(row: Row, local: Row | None) -> str:
     """In how many cases, clients times seeds, the client is better served than alone."""
     if local is None:
         return "–"
-    alone = local.own()
-    pairs = [(own, alone[seed]) for seed, own in row.own().items() if seed in alone]
-    pays = [own[client] > other[client] for own, other in pairs for client in own.keys() & other.keys()]
+    pays = [gain > 0 for of_clients in differences(row, local).values() for gain in of_clients.values()]
     return f"{sum(pays)} of {len(pays)}" if pays else "–"
 
 
@@ -275,10 +271,12 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f}" if count else "0"
 
 
-def percent(values: Iterable[float], sign: str = "") -> str:
-    """Mean and 95% interval in per cent, of one seed its figure alone; a dash where it was not measured."""
-    values = list(values)
-    centre, half = mean(values), interval(values)
+def _percent(row: Row, values: Collection[float], sign: str = "") -> str:
+    """Mean and 95% interval in per cent of figures, one a seed; a dash where none was measured. Where not all of the
+    row's seeds have one, how many do; a difference of one seed is marked too."""
+    centre, half, count, seeds = mean(values), interval(values), len(values), len(row.by_seed)
     if centre is None:
         return "–"
-    return f"{100 * centre:{sign}.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
+    if half is None:
+        return f"{100 * centre:{sign}.1f}" + (f" {ONE_SEED}" if sign or seeds > 1 else "")
+    return f"{100 * centre:{sign}.1f} ± {100 * half:.1f}" + (f" ({count} seeds)" if count < seeds else "")

@@ -80,10 +80,7 @@ def mistakes(path: str, node: DictConfig) -> Iterator[str]:
         return
     parameters = inspect.signature(function).parameters
     known = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    try:
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except NameError:  # names for the type checker only: values are then not held against types
-        hints = {}
+    hints = hints_of(function)
     given = OmegaConf.to_container(node, resolve=True)
     assert isinstance(given, dict)
     if "_args_" in given:
@@ -98,6 +95,14 @@ def mistakes(path: str, node: DictConfig) -> Iterator[str]:
     needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
     if needed:
         yield f"{path} lacks {', '.join(needed)} for {node['_target_']}"
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of its arguments, with what `Annotated` says of them."""
+    try:
+        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    except NameError:  # names for the type checker only: values are then not held against types
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
