@@ -116,13 +116,13 @@ def _run(overrides: list[str]) -> int:
 
 def _sweep(args: argparse.Namespace, typed: str) -> int:
     from fedmm.flower import server_app
-    from fedmm.runs import records, results, sweep
+    from fedmm.runs import plan, records, results, sweep
 
     try:
         made = sweep.run(
             args.dir,
             args.overrides,
-            sweep.search(args.tune, args.tune_across),
+            plan.search(args.tune, args.tune_across),
             known=records.load([args.known] if args.known else []),
             at_once=args.at_once,
             check=server_app.plan,

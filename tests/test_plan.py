@@ -9,7 +9,7 @@ from finished import composed_arm, write_arm
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, records, settings, sweep
+from fedmm.runs import config, plan, records, settings, sweep
 from fedmm.types import FedmmError
 
 
@@ -26,52 +26,52 @@ def test_hydra_reads_the_axes():
 
 
 def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
-    made = sweep.jobs(tmp_path, ["arm=fedavg,local", "seed=0,1", "edge.rank=4,8"])
+    made = plan.jobs(tmp_path, ["arm=fedavg,local", "seed=0,1", "edge.rank=4,8"])
     assert len({job.path for job in made}) == len(made) == 8
     labels = {config.compose(job.overrides).label for job in made}
     assert labels == {"FedAvg, edge.rank=4", "FedAvg, edge.rank=8", "local, edge.rank=4", "local, edge.rank=8"}
-    (one,) = sweep.jobs(tmp_path, ["arm=fedavg"])
+    (one,) = plan.jobs(tmp_path, ["arm=fedavg"])
     assert config.compose(one.overrides).label == "FedAvg"
 
 
 def test_settings_that_make_other_data_name_the_data(tmp_path):
-    made = sweep.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
+    made = plan.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
     cfgs = [config.compose(job.overrides) for job in made]
     assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
     assert {cfg.data for cfg in cfgs} == {
         f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
     }
-    other = sweep.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
+    other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
     assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
-    (one,) = sweep.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
+    (one,) = plan.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
     assert config.compose(one.overrides).data == "mine"
 
 
 def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_path):
-    tuned = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
-    cells = sweep.trials(tmp_path, ["arm=fedavg", "seed=0,1", "evaluate.every=1"], tuned)
+    tuned = plan.search("optimizer.lr=1e-3,3e-3,9e-3")
+    cells = plan.trials(tmp_path, ["arm=fedavg", "seed=0,1", "evaluate.every=1"], tuned)
     ((cell_, tried),) = cells.items()
     assert cell_ == ("arm=fedavg", "evaluate.every=1"), "the seeds that are reported take no part"
     for job in tried.values():
         cfg = config.compose(job.overrides)
-        assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", sweep.TUNING_SEED, 0)
+        assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", plan.TUNING_SEED, 0)
     for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
-        write_arm(job.path, "FedAvg", sweep.TUNING_SEED, {"0": right, "1": right})
+        write_arm(job.path, "FedAvg", plan.TUNING_SEED, {"0": right, "1": right})
     found = {value: sweep.accuracy(job) for value, job in tried.items()}
-    assert sweep.best(found) == "0.003" and sweep.further(found, 5) is None, "of equal ones the first"
-    final = sweep.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
+    assert plan.best(found) == "0.003" and plan.further(found, 5) is None, "of equal ones the first"
+    final = plan.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
     assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
     with pytest.raises(settings.ConfigError, match="gives one value"):
-        sweep.search("optimizer.lr=1e-3")
+        plan.search("optimizer.lr=1e-3")
     with pytest.raises(settings.ConfigError, match="gives 0.001 twice"):
-        sweep.search("optimizer.lr=1e-3,3e-3,0.001")
+        plan.search("optimizer.lr=1e-3,3e-3,0.001")
     with pytest.raises(settings.ConfigError, match="seed=100 is that of the search"):
-        sweep.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
+        plan.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
 
 
 @pytest.mark.parametrize("scenario", config.options("scenario"))
 def test_every_scenario_can_be_searched(tmp_path, scenario):
-    ((_, tried),) = sweep.trials(tmp_path, [f"scenario={scenario}"], sweep.search("optimizer.lr=1e-3,3e-3")).items()
+    ((_, tried),) = plan.trials(tmp_path, [f"scenario={scenario}"], plan.search("optimizer.lr=1e-3,3e-3")).items()
     for job in tried.values():
         assert not list(config.check(config.compose(job.overrides)))
 
@@ -89,7 +89,7 @@ def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
 def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypatch):
     """The others are done, and the same command goes on with what is missing."""
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         if "local" in job.name:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.write_text("first\nthe disk is full\n")
@@ -113,7 +113,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
 
     ran: list[str] = []
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         cfg = config.compose(job.overrides)
         ran.append(job.name)
         write_arm(job.path, cfg.label, cfg.seed, {"0": cfg.optimizer.lr})
@@ -121,7 +121,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
         return len(ran) != 3 or bool(job.path.joinpath("summary.json").unlink())
 
     monkeypatch.setattr(sweep, "_run_one", fake)
-    asked = (tmp_path, ["arm=fedavg", "seed=0,1"], sweep.search("optimizer.lr=1e-3,3e-3"))
+    asked = (tmp_path, ["arm=fedavg", "seed=0,1"], plan.search("optimizer.lr=1e-3,3e-3"))
     with pytest.raises(FedmmError):
         sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
     done = sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
@@ -138,7 +138,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
 def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     """Accuracy rises with the rate for fedavg, without end, and falls for local; fedprox has its best in the middle."""
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         cfg = config.compose(job.overrides)
         step = math.log2(cfg.optimizer.lr / 2e-3)
         right = {"FedAvg": 0.5 + step / 100, "local": 0.5 - step / 100, "FedProx": 0.5 - abs(step) / 100}[cfg.label]
@@ -146,7 +146,7 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
         return True
 
     monkeypatch.setattr(sweep, "_run_one", fake)
-    asked = ["arm=fedavg,local,fedprox"], sweep.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
+    asked = ["arm=fedavg,local,fedprox"], plan.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
     sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
     told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
     assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
@@ -154,7 +154,7 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     assert told["arm=fedavg"].at_the_edge and not told["arm=fedprox"].at_the_edge
     assert list(told["arm=local"].tried) == ["0.00025", "0.0005", "0.001", "0.002", "0.004"]
     assert list(told["arm=fedprox"].tried) == ["0.001", "0.002", "0.004"] and told["arm=fedprox"].chosen == "0.002"
-    assert sweep.further({"a": 0, "c": 0, "b": 1}, 5) is None and sweep.further({"0": 0, "1": 0, "2": 1}, 5) is None
+    assert plan.further({"a": 0, "c": 0, "b": 1}, 5) is None and plan.further({"0": 0, "1": 0, "2": 1}, 5) is None
 
 
 def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     rates = (1e-3, 3e-3, 9e-3)
     ran: list[str] = []
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         cfg = config.compose(job.overrides)
         ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][rates.index(cfg.optimizer.lr)]})
@@ -175,7 +175,7 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     tried = dict(zip(("0.001", "0.003", "0.009", "0.027"), (*right["domain"], 0.2), strict=True))
     choice = records.Choice.of("optimizer.lr", ["arm=fedavg", "scenario=domain"], tried, "0.009")
     known = records.Records(choices=[choice])
-    made = sweep.run(tmp_path / "one", asked, sweep.search(tune, "scenario"), known=known, **how)
+    made = sweep.run(tmp_path / "one", asked, plan.search(tune, "scenario"), known=known, **how)
     assert ran == [
         "function 0.001 100",
         "function 0.003 100",
@@ -185,13 +185,13 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     ]
     assert [(choice.chosen, max(choice.tried.values())) for choice in made.choices] == [("0.003", 0.8), ("0.003", 0.6)]
     ran.clear()
-    alone = sweep.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], sweep.search(tune), known=known, **how)
+    alone = sweep.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], plan.search(tune), known=known, **how)
     assert alone.choices[0].chosen == "0.009" and list(alone.choices[0].tried) == ["0.001", "0.003", "0.009", "0.027"]
     assert ran == ["domain 0.009 0"], "it goes on past the end that is best, to what is known"
     with pytest.raises(settings.ConfigError, match="--tune-across method is no override of this sweep"):
-        sweep.run(tmp_path / "x", asked, sweep.search(tune, "method"), **how)
+        sweep.run(tmp_path / "x", asked, plan.search(tune, "method"), **how)
     with pytest.raises(settings.ConfigError, match="has nothing to choose; add --tune"):
-        sweep.search(None, "scenario")
+        plan.search(None, "scenario")
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def ran(monkeypatch) -> list[str]:
     """What sweeps run, by label, rate and seed; each run ends at once, the better the higher its rate."""
     told: list[str] = []
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         cfg = config.compose(job.overrides)
         told.append(f"{cfg.label} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr * 10 + cfg.seed / 1000})
@@ -236,11 +236,11 @@ def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
 def test_another_search_or_budget_is_not_known(tmp_path, ran):
     how = {"at_once": 1, "check": lambda _: None}
     said: list[str] = []
-    asked, search = ["arm=fedavg", "seed=0"], sweep.search("optimizer.lr=1e-3,3e-3")
+    asked, search = ["arm=fedavg", "seed=0"], plan.search("optimizer.lr=1e-3,3e-3")
     known = sweep.run(tmp_path / "first", asked, search, say=said.append, **how)
     ran.clear()
     for number, other in enumerate(("optimizer.lr=1e-3,3e-3,9e-3", "clip_norm=1e-3,3e-3")):
-        sweep.run(tmp_path / f"{number}", asked, sweep.search(other), known=known, say=said.append, **how)
+        sweep.run(tmp_path / f"{number}", asked, plan.search(other), known=known, say=said.append, **how)
         assert sum(line.endswith(" 100") for line in ran) >= 2, f"{other} is another search"
         ran.clear()
     sweep.run(tmp_path / "data", [*asked, "dataset.train=50"], search, known=known, say=said.append, **how)
@@ -257,7 +257,7 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
     right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
     ran: list[str] = []
 
-    def fake(job: sweep.Job) -> bool:
+    def fake(job: plan.Job) -> bool:
         cfg = config.compose(job.overrides)
         ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(1e-3, 3e-3).index(cfg.optimizer.lr)]})
@@ -266,7 +266,7 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
     monkeypatch.setattr(sweep, "_run_one", fake)
     said: list[str] = []
     how = {"at_once": 1, "check": server_app.plan, "say": said.append}
-    search = sweep.search("optimizer.lr=1e-3,3e-3", "scenario")
+    search = plan.search("optimizer.lr=1e-3,3e-3", "scenario")
     sweep.run(tmp_path, ["arm=fedavg", "scenario=domain"], search, **how)
     assert ran[2:] == ["domain 0.003 0"]
     made = sweep.run(tmp_path, ["arm=fedavg", "scenario=domain,function"], search, **how)
@@ -284,14 +284,14 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
 
 def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
     """Half an epoch is none, and a momentum above 1 the rule refuses: the sweep goes on with what there is."""
-    assert sweep.further({"1": 0.9, "2": 0.5, "4": 0.1}, 5) is None
-    assert sweep.further({"1": 0.1, "2": 0.5, "4": 0.9}, 5) == ("1", "2", "4", "8")
+    assert plan.further({"1": 0.9, "2": 0.5, "4": 0.1}, 5) is None
+    assert plan.further({"1": 0.1, "2": 0.5, "4": 0.9}, 5) == ("1", "2", "4", "8")
 
     def check(asked: list[str]) -> None:
         if (rate := config.compose(asked).optimizer.lr) > 0.01:
             raise ValueError(f"{rate} is too high")
 
-    search = sweep.search("optimizer.lr=1e-3,3e-3,9e-3")
+    search = plan.search("optimizer.lr=1e-3,3e-3,9e-3")
     made = sweep.run(tmp_path, ["arm=fedavg"], search, at_once=1, check=check, say=print)
     assert [choice.chosen for choice in made.choices] == ["0.009"] and ran[-1] == "FedAvg 0.009 0"
 
@@ -299,7 +299,7 @@ def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
 def test_what_is_searched_cannot_be_given_too(tmp_path):
     asked = ["arm=fedavg", "optimizer.lr=1e-3,3e-3"]
     with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
-        sweep.run(tmp_path, asked, sweep.search("optimizer.lr=1e-3,3e-3"), at_once=1, check=lambda _: None, say=print)
+        sweep.run(tmp_path, asked, plan.search("optimizer.lr=1e-3,3e-3"), at_once=1, check=lambda _: None, say=print)
 
 
 def test_a_sweep_keeps_what_it_was_given_through_its_later_parts(tmp_path, ran):
@@ -320,6 +320,6 @@ def test_data_are_called_by_what_chose_them():
 
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
     with pytest.raises(settings.ConfigError, match="no compare"):
-        sweep.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
+        plan.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
     with pytest.raises(settings.ConfigError, match="are both called"):
         sweep.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)

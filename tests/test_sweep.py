@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, records, sweep, table
+from fedmm.runs import config, evidence, plan, records, table
 
 ASKED = [
     "arm=fedavg,local", "rounds=1", "clients=2", "batch_size=8", "edge.rank=4", "partition=iid",
@@ -61,9 +61,9 @@ def shown(path: Path) -> list[tuple[str, ...]]:
 
 def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):
     asked = ["experiment=mllmfl_embedded", "arm=fedavg,creff"]
-    made = sweep.jobs(tmp_path, asked)
+    made = plan.jobs(tmp_path, asked)
     assert [config.load(job.overrides).compare for job in made] == [[], []] and config.load(asked[:1]).compare
-    assert sweep.jobs(tmp_path, ["arm=fedavg"])[0].overrides[0] == "arm=fedavg" and "compare=[]" not in made[0].name
+    assert plan.jobs(tmp_path, ["arm=fedavg"])[0].overrides[0] == "arm=fedavg" and "compare=[]" not in made[0].name
 
 
 def test_an_arm_to_set_against_that_is_none_is_told_before_any_run(tmp_path, capsys):
