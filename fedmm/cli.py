@@ -130,7 +130,7 @@ def _sweep(args: argparse.Namespace, typed: str) -> int:
             against=args.against,
             command=typed,
         )
-        print(results.write(args.dir / sweep.PAGE, made, args.against, typed).read_text())
+        print(results.write(args.dir / sweep.PAGE, made, args.against, typed, anew=True).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -151,12 +151,6 @@ def _compare(args: argparse.Namespace, typed: str) -> int:
         rows = evidence.rows(found.runs)
         print(table.markdown(rows, table.columns(args.against, rows)))
         if args.into:
-            kept = args.into.with_suffix(".jsonl")
-            if lost := records.only_in(kept, found):
-                raise ValueError(
-                    f"{kept} has runs that these would not replace, {len(lost)} of them, as {lost[0].place}; name it "
-                    "among what is compared, give another --into, or remove it"
-                )
             print(results.write(args.into, found, args.against, typed))
     except ValueError as error:
         print(error, file=sys.stderr)

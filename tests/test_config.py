@@ -252,7 +252,7 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         ),
         (["arm=multi_krum", "rule.keep=5"], "rule.keep=5 of 5 clients in a round keeps some of rule.byzantine=1"),
         (["arm=trimmed_mean", "rule.trim=1.5"], "or a whole number of clients from 1, got 1.5"),
-        (["arm=trimmed_mean", "rule.trim=.inf"], "or a whole number of clients from 1, got inf"),
+        (["arm=trimmed_mean", "rule.trim=inf"], "or a whole number of clients from 1, got inf"),
         (["arm=feddat", "method.step.temperature=0"], "method.step.temperature must be at least 0.01"),
         (["arm=feddat", "method.step.ramp=-1"], "method.step.ramp must be at least 0"),
         (["arm=fedprox", "method.step.mu=-1"], "method.step.mu must be at least 0"),

@@ -11,15 +11,22 @@ from fedmm.runs import evidence, home, plots, records, table
 from fedmm.runs.records import Choice, Records
 
 
-def write(into: Path, made_of: Records, against: str | None, command: str) -> Path:
+def write(into: Path, made_of: Records, against: str | None, command: str, *, anew: bool = False) -> Path:
     """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`.
 
-    Raises ValueError for a name that is no markdown file's: the others take its name with an ending of their own.
+    Raises ValueError for a name that is no markdown file's, as the others take its name with an ending of their own,
+    and where the file of records that lies there has runs that these would not replace, unless it is `anew`.
     """
     if into.suffix != ".md":
         raise ValueError(f"--into {into} must end in .md; picture and records take its name, with .png and .jsonl")
+    picture, kept = into.with_suffix(".png"), into.with_suffix(".jsonl")
+    if not anew and (lost := records.only_in(kept, made_of)):
+        raise ValueError(
+            f"{kept} has runs that these would not replace, {len(lost)} of them, as {lost[0].place}; name it among "
+            "what is compared, give another --into, or remove it"
+        )
     rows = evidence.rows(made_of.runs)
-    picture, kept, shown = into.with_suffix(".png"), into.with_suffix(".jsonl"), table.columns(against, rows)
+    shown = table.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     records.save(kept, made_of)
     made = {command: records.now()} | dict(made_of.commands)
