@@ -321,3 +321,9 @@ def test_an_arm_brings_its_sampling_and_takes_it_along():
     asked = ["arm=fedavg", "compare=[class_balanced]"]
     main, other = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
     assert other.sampling["_target_"].endswith("class_balanced") and not main.sampling
+
+
+def test_what_is_composed_follows_the_environment(monkeypatch):
+    for folder in ("/a", "/b"):
+        monkeypatch.setenv("FEDMM_DATA", folder)
+        assert compose(["scenario=feddat_task"]).dataset.of.vcr.path == f"{folder}/vcr"

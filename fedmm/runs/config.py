@@ -6,6 +6,7 @@ Everything is checked before anything starts, and every mistake is reported at o
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import threading
@@ -77,8 +78,12 @@ def check(cfg: Config) -> Iterator[str]:
             yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
 
 
-@functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    return _composed(overrides, os.environ.get("FEDMM_DATA"))  # the one variable a yaml file reads
+
+
+@functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
+def _composed(overrides: tuple[str, ...], _data: str | None) -> DictConfig:
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
             whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
