@@ -129,7 +129,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     assert [run.settings["optimizer.lr"] for run in done.runs] == [3e-3, 3e-3]
     sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
     sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
-    known = [choice.combination for choice in records.beside(tmp_path).choices]
+    known = [choice.combination for choice in records.noted(tmp_path).choices]
     assert known == [("arm=fedavg",), ("arm=local",)], "a later part keeps what an earlier one chose"
     with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
         sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
@@ -148,7 +148,7 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_run_one", fake)
     asked = ["arm=fedavg,local,fedprox"], plan.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
     sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
-    told = {choice.combination[0]: choice for choice in records.beside(tmp_path).choices}
+    told = {choice.combination[0]: choice for choice in records.noted(tmp_path).choices}
     assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
     assert told["arm=fedavg"].chosen == "0.016" and told["arm=local"].chosen == "0.00025"
     assert told["arm=fedavg"].at_the_edge and not told["arm=fedprox"].at_the_edge
@@ -190,6 +190,8 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     assert ran == ["domain 0.009 0"], "it goes on past the end that is best, to what is known"
     with pytest.raises(settings.ConfigError, match="--tune-across method is no override of this sweep"):
         sweep.run(tmp_path / "x", asked, plan.search(tune, "method"), **how)
+    with pytest.raises(settings.ConfigError, match="--tune-across seed"):
+        sweep.run(tmp_path / "x", [*asked, "seed=0,1"], plan.search(tune, "seed"), **how)
     with pytest.raises(settings.ConfigError, match="has nothing to choose; add --tune"):
         plan.search(None, "scenario")
 
@@ -251,7 +253,8 @@ def test_another_search_or_budget_is_not_known(tmp_path, ran):
 
 
 def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeypatch):
-    """Runs of the former value are set aside, whole, and others run; what differs in more than the value is refused."""
+    """Others run, and those of the former value leave the table, other seeds' too; where it is chosen again they are
+    done. What differs in more than the value is refused."""
     from fedmm.flower import server_app
 
     right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
@@ -267,19 +270,22 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
     said: list[str] = []
     how = {"at_once": 1, "check": server_app.plan, "say": said.append}
     search = plan.search("optimizer.lr=1e-3,3e-3", "scenario")
-    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain"], search, **how)
-    assert ran[2:] == ["domain 0.003 0"]
-    made = sweep.run(tmp_path, ["arm=fedavg", "scenario=domain,function"], search, **how)
-    assert ran[5:] == ["domain 0.001 0", "function 0.001 0"]
-    assert "with optimizer.lr=0.003 is set aside, 0.001 is chosen now" in "".join(said)
+    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0,1"], search, **how)
+    assert ran[2:] == ["domain 0.003 0", "domain 0.003 1"]
+    both = ["arm=fedavg", "scenario=domain,function", "seed=0"]
+    made = sweep.run(tmp_path, both, search, **how)
+    assert ran[6:] == ["domain 0.001 0", "function 0.001 0"]
     assert [run.settings["optimizer.lr"] for run in made.runs] == [1e-3, 1e-3]
-    (aside,) = (tmp_path / "aside").iterdir()
-    assert records.of_arm(aside).settings["optimizer.lr"] == 3e-3
     told = records.load([tmp_path])
     assert {run.settings["optimizer.lr"] for run in told.runs} == {1e-3} and len(told.runs) == 2
     assert {choice.chosen for choice in told.choices} == {"0.001"}
+    ran.clear()
+    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0"], search, **how)
+    assert not ran and {run.settings["optimizer.lr"] for run in records.load([tmp_path]).runs} == {1e-3, 3e-3}
+    sweep.run(tmp_path, both, search, **how)
+    assert not ran and {run.settings["optimizer.lr"] for run in records.load([tmp_path]).runs} == {1e-3}
     with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
-        sweep.run(tmp_path, ["arm=fedavg", "scenario=domain,function", "rounds=3"], search, **how)
+        sweep.run(tmp_path, [*both, "rounds=3"], search, **how)
 
 
 def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
@@ -297,9 +303,10 @@ def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
 
 
 def test_what_is_searched_cannot_be_given_too(tmp_path):
-    asked = ["arm=fedavg", "optimizer.lr=1e-3,3e-3"]
-    with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
-        sweep.run(tmp_path, asked, plan.search("optimizer.lr=1e-3,3e-3"), at_once=1, check=lambda _: None, say=print)
+    search = plan.search("optimizer.lr=1e-3,3e-3")
+    for given in ("optimizer.lr=1e-3,3e-3", "++optimizer.lr=5e-3"):
+        with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
+            sweep.run(tmp_path, ["arm=fedavg", given], search, at_once=1, check=lambda _: None, say=print)
 
 
 def test_a_sweep_keeps_what_it_was_given_through_its_later_parts(tmp_path, ran):
@@ -323,3 +330,97 @@ def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
         plan.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
     with pytest.raises(settings.ConfigError, match="are both called"):
         sweep.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)
+
+
+def test_a_search_ends_before_a_value_whose_run_fails(tmp_path, monkeypatch):
+    """Where it went on by itself, as training that diverges has no figure; a value that was asked for must have one."""
+
+    def fake(job: plan.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        if cfg.optimizer.lr > 0.01:
+            return False
+        composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    said: list[str] = []
+    how = {"at_once": 1, "check": lambda _: None, "say": said.append}
+    asked = ["arm=fedavg", "scenario=domain,function"]
+    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        across = "scenario" if folder.name == "b" else None
+        made = sweep.run(folder, asked, plan.search("optimizer.lr=1e-3,3e-3,9e-3", across), **how)
+        assert {choice.chosen for choice in made.choices} == {"0.009"} and len(made.runs) == 2
+    assert "a search ends before a value whose run failed" in "".join(said)
+    with pytest.raises(FedmmError, match="2 of 6 runs failed"):
+        sweep.run(tmp_path / "c", asked, plan.search("optimizer.lr=1e-3,3e-3,2e-2"), **how)
+
+
+def test_a_setting_that_others_follow_can_be_searched_again(tmp_path, monkeypatch):
+    """stack's rank follows edge.rank: a run of another rank differs from the one asked in both."""
+    right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
+
+    def fake(job: plan.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(4, 8).index(cfg.edge.rank)]})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    search = plan.search("edge.rank=4,8", "scenario")
+    asked = ["method=lora", "rule=stack"]
+    assert config.compose([*asked, "edge.rank=8"]).rule.rank == 8, "else this shows nothing"
+    sweep.run(tmp_path, [*asked, "scenario=domain"], search, **how)
+    sweep.run(tmp_path, [*asked, "scenario=domain,function"], search, **how)
+    assert {run.settings["edge.rank"] for run in records.load([tmp_path]).runs} == {4}
+
+
+def test_what_was_asked_last_is_what_a_folder_tells(tmp_path, ran):
+    """Also where it is known, and the folder has run the same arm with other settings: page and comparison agree."""
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    asked = ["arm=fedavg", "seed=0,1"]
+    known = sweep.run(tmp_path / "known", asked, None, **how)
+    sweep.run(tmp_path / "sweep", [*asked, "rounds=20"], None, **how)
+    sweep.run(tmp_path / "sweep", asked, None, known=known, **how)
+    assert [run.settings["rounds"] for run in records.load([tmp_path / "sweep"]).runs] == [8, 8]
+
+
+def test_a_search_that_stopped_leaves_no_mixture(tmp_path, monkeypatch):
+    """Known runs of a value that is chosen no more are out of the table before the first of another is in."""
+    right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
+    finals: list[str] = []
+
+    def fake(job: plan.Job) -> bool:
+        cfg = config.compose(job.overrides)
+        if cfg.seed != plan.TUNING_SEED:
+            finals.append(job.name)
+            if len(finals) == 4:
+                raise KeyboardInterrupt
+        composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(1e-3, 3e-3).index(cfg.optimizer.lr)]})
+        return True
+
+    monkeypatch.setattr(sweep, "_run_one", fake)
+    how = {"at_once": 1, "check": lambda _: None, "say": print}
+    search = plan.search("optimizer.lr=1e-3,3e-3", "scenario")
+    known = sweep.run(tmp_path / "known", ["arm=fedavg,fedprox", "scenario=domain"], search, **how)
+    asked = ["arm=fedavg,fedprox", "scenario=domain,function"]
+    sweep.run(tmp_path / "sweep", [*asked[:1], "scenario=domain"], search, known=known, **how)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(tmp_path / "sweep", asked, search, known=known, **how)
+    assert {run.settings["optimizer.lr"] for run in records.load([tmp_path / "sweep"]).runs} == {1e-3}
+
+
+def test_a_client_that_a_trial_lost_counts_as_wrong(tmp_path):
+    (job,) = plan.jobs(tmp_path, ["arm=fedavg"])
+    write_arm(job.path, "FedAvg", 0, {"0": 0.9}, unscored=[1, 2])
+    assert sweep.accuracy(job) == pytest.approx(0.3)
+
+
+def test_values_that_differ_in_odd_characters_have_folders_of_their_own(tmp_path):
+    made = plan.jobs(tmp_path, ["arm=fedavg_llm", "inner.targets=[q_proj,v_proj],[q_proj-v_proj]"])
+    assert len({job.path for job in made}) == 2 and all(set(" ,[]=") & set(job.name) == set() for job in made)
+
+
+@pytest.mark.parametrize("asked", [["seed=0", "seed=1"], ["++seed=0,1"], ["arm=fedavg", "+arm=local"]])
+def test_a_key_is_given_once_and_the_seed_by_its_name(asked):
+    with pytest.raises(settings.ConfigError, match=r"given twice|write seed="):
+        config.axes(asked)

@@ -14,7 +14,7 @@ from fedmm.runs import config, evidence, records, results
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
     for command in ("fedmm sweep one", "fedmm sweep two", "fedmm sweep one"):
         records.note(tmp_path, records.Records(commands={command: records.now()}))
-    told = replace(records.load(runs), commands=records.beside(tmp_path).commands)
+    told = replace(records.load(runs), commands=records.noted(tmp_path).commands)
     page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
     lines = [line for line in page.splitlines() if line.startswith("- `")]
     assert [line.split("`")[1] for line in lines] == ["fedmm compare", "fedmm sweep one", "fedmm sweep two"]

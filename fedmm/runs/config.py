@@ -156,7 +156,12 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             several = override.is_sweep_override()
             values = tuple(override.sweep_string_iterator()) if several else (override.get_value_element_as_str(),)
-            found[override.get_key_element()] = values
+            key = override.get_key_element()
+            if _key(key) in map(_key, found):
+                raise ValueError(f"{_key(key)} is given twice; give its values once, with commas between them")
+            if _key(key) == "seed" != key:
+                raise ValueError(f"{key}=... sets the seed; write seed=...")
+            found[key] = values
     except Exception as error:  # hydra's own class of a bad override is private, and it raises others
         raise ConfigError(f"overrides cannot be read: {error}") from error
     return found

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmm.runs.records import Run
+from fedmm.runs.records import Run, apart
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
@@ -46,9 +46,9 @@ class Row:
 
     @property
     def same_clients(self) -> bool:
-        """Whether a client has the same questions with every seed: the start answers as many of them."""
-        starts = [found["zero_shot"]["own"] for found in self.by_seed.values()]
-        return all(start == starts[0] for start in starts)
+        """Whether a client has the same questions with every seed: the start, scored, answers as many of them."""
+        starts = [found.get("zero_shot", found["final"])["own"] for found in self.by_seed.values()]
+        return bool(starts[0]) and all(start == starts[0] for start in starts)
 
     def overall(self) -> dict[int, float]:
         """Global accuracy by seed, where it was measured."""
@@ -148,12 +148,7 @@ def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
     """What the runs of a row were asked. Raises ValueError where they differ in more than their seed."""
     first = runs[0]
     for run in runs[1:]:
-        if differ := [
-            key
-            for key in differing(first.settings, run.settings)
-            if not f".{key}".endswith(".seed")  # as a rule's
-            or (first.settings.get(key), run.settings.get(key)) != (first.seed, run.seed)
-        ]:
+        if differ := apart(first.settings, run.settings):
             key = differ[0]
             raise ValueError(
                 f"{first.where} and {run.where} have one label and differ in {key}: {first.settings.get(key)!r} and "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ def search(text: str | None, across: str | None = None) -> Search | None:
 
 
 def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]], Sequence[str]] = tuple) -> list[Job]:
-    """Every combination of the overrides' values. `chosen` gives what tuning adds to a combination without its seed.
+    """Every combination of the overrides' values. `chosen` gives what tuning adds to a combination without its seed, in
+    the folder's name too, as another search may choose another value.
 
     What has several values and no name stands behind the label, `FedAvg, edge.rank=8`, or, where it makes other data,
     behind the name of these: `long_tail, dataset.imbalance=10`. Raises ConfigError for `compare`.
@@ -83,8 +85,10 @@ def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]],
     made = []
     for pairs in _combinations(found):
         asked = _overrides(pairs)
-        asked += chosen([override for override in asked if not override.startswith("seed=")])
-        name = _name(pairs, several) or "run"
+        added = chosen([override for override in asked if not override.startswith("seed=")])
+        asked += added
+        own_pairs = dict(override.split("=", 1) for override in added)
+        name = _name(pairs | own_pairs, [*several, *own_pairs]) or "run"
         for name_of, of_data in (("label", False), ("data", True)):
             unnamed = (key for key in sorted(several) if key not in _NAMED and evidence.of_data(key) == of_data)
             own = [f"{key}={pairs[key]}" for key in unnamed]
@@ -171,7 +175,13 @@ def _without(overrides: Sequence[str], others: Sequence[str]) -> Iterator[str]:
 def _name(pairs: Mapping[str, str], several: Sequence[str]) -> str:
     others = sorted(set(several) - {*_IN_NAME, "seed"})  # in whatever order they were asked
     keys = [key for key in (*_IN_NAME, *others, "seed") if key in pairs]
-    return "_".join(re.sub(r"[^\w.-]+", "-", f"{key}={pairs[key]}") for key in keys)
+    return "_".join(f"{key}-{_plain(pairs[key])}" for key in keys)
+
+
+def _plain(value: str) -> str:
+    """A value as a folder's name has it; with a sum of what it lacks there, so that no two are one."""
+    plain = re.sub(r"[^\w.-]+", "-", value)
+    return plain if plain == value else f"{plain}-{zlib.crc32(value.encode()):08x}"
 
 
 def _number(text: str) -> bool:

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 
 from fedmm.runs import config, home, summary
 
-_CHOICES, _COMMANDS, _KNOWN = "tuned.json", "commands.json", "known.jsonl"  # in a sweep's folder
+_CHOICES, _COMMANDS, _RUNS = "tuned.json", "commands.json", "runs.jsonl"  # in a sweep's folder
 _COMMON, _RUN, _CHOICE, _COMMAND = (
     {"settings"}, {"settings", "summary"}, {"settings", "search", "combination", "across", "tried", "chosen"},
     {"command", "when"},
@@ -117,7 +117,7 @@ def load(paths: Iterable[Path]) -> Records:
     for run in (run for records in found for run in records.runs):
         if not any((run.settings, run.summary) == (other.settings, other.summary) for other in runs):
             runs.append(run)
-    choices = {(choice.key, *sorted(choice.combination)): choice for records in found for choice in records.choices}
+    choices = {_search_of(choice): choice for records in found for choice in records.choices}
     commands = {command: when for records in found for command, when in records.commands.items()}
     return Records(runs, list(choices.values()), commands)
 
@@ -140,28 +140,41 @@ def save(file: Path, records: Records) -> None:
     home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def only_in(file: Path, told: Records) -> list[Run]:
-    """Runs that a file of records has, where there is one, and that nothing of `told` takes the place of."""
-    places = {run.place for run in told.runs}
-    return [run for run in (_read(file).runs if file.exists() else ()) if run.place not in places]
+def only_in(file: Path, told: Records) -> list[str]:
+    """The runs and searches that a file of records has, where there is one, and that nothing of `told` takes the place
+    of, by their names."""
+    there = _read(file) if file.exists() else Records()
+    places, searches = {run.place for run in told.runs}, {_search_of(choice) for choice in told.choices}
+    runs = [str(run.place) for run in there.runs if run.place not in places]
+    return runs + [" ".join(name) for choice in there.choices if (name := _search_of(choice)) not in searches]
+
+
+def apart(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs of an arm differ beside their seed, and those that follow it, as a rule's."""
+    seeds = first["seed"], other["seed"]
+    differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+    return [key for key in differ if not f".{key}".endswith(".seed") or (first.get(key), other.get(key)) != seeds]
 
 
 # ---- a sweep's folder -----------------------------------------------------------------------------------------------
 
 
-def beside(sweep: Path) -> Records:
-    """What a sweep's folder tells beside its own runs: those it was given, what searches chose, and the commands."""
-    given = _read(sweep / _KNOWN).runs if (sweep / _KNOWN).exists() else ()
-    return Records(given, [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
+def noted(sweep: Path) -> Records:
+    """What was noted with a sweep's folder."""
+    runs = _read(sweep / _RUNS).runs if (sweep / _RUNS).exists() else ()
+    return Records(runs, [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
 
 
-def note(sweep: Path, told: Records) -> None:
-    """Keep with a sweep's folder runs that are known from elsewhere, what searches chose, and commands with the first
-    day that made a part of it; what is told later stands in the place of what was."""
-    known = beside(sweep)
-    runs = {run.place: run for run in (*known.runs, *told.runs)}
-    choices = {(choice.key, choice.combination): _row(choice) for choice in (*known.choices, *told.choices)}
-    save(sweep / _KNOWN, Records(list(runs.values())))
+def note(sweep: Path, told: Records, asked: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Keep with a sweep's folder finished runs, its own and known ones, what searches chose, and commands with the
+    first day that made a part of it. What is told later stands in the place of what was, and a table's row has runs of
+    one arm: those leave that were asked otherwise than what is told now, or than `asked`, settings of runs to come."""
+    known = noted(sweep)
+    wanted = {_row_of(settings): settings for settings in (*(run.settings for run in told.runs), *asked)}
+    kept = [run for run in known.runs if not apart(run.settings, wanted.get(_row_of(run.settings), run.settings))]
+    runs = {run.place: run for run in (*kept, *told.runs)}
+    choices = {_search_of(choice): _row(choice) for choice in (*known.choices, *told.choices)}
+    save(sweep / _RUNS, Records(list(runs.values())))
     home.write(sweep / _CHOICES, json.dumps(list(choices.values()), indent=1).encode())
     home.write(sweep / _COMMANDS, json.dumps({**told.commands, **known.commands}, indent=1).encode())
 
@@ -172,14 +185,11 @@ def now() -> str:
 
 
 def _of_folder(path: Path) -> Records:
-    """A run's folder, or a sweep's; there, what it ran itself counts before what it was given."""
-    inside = sorted((path / "runs").iterdir()) if (path / "runs").is_dir() else [path]
-    runs = [of_arm(arm) for folder in inside for arm in summary.arm_folders(folder)]
-    told, own = beside(path), {run.place for run in runs}
-    runs += [run for run in told.runs if run.place not in own]
-    if not runs:
+    """A sweep's folder, by what is noted there, or a run's."""
+    found = noted(path) if (path / _RUNS).exists() else Records([of_arm(arm) for arm in summary.arm_folders(path)])
+    if not found.runs:
         raise ValueError(f"no finished run in {path}; a finished one has a summary.json")
-    return Records(runs, told.choices, told.commands)
+    return found
 
 
 # ---- lines ----------------------------------------------------------------------------------------------------------
@@ -197,7 +207,10 @@ def _read(file: Path) -> Records:
                                  "name several files, each by itself")  # fmt: skip
             common = row["settings"]
         elif row.keys() == _RUN:
-            runs.append(Run(str(file), {**common, **row["settings"]}, row["summary"]))
+            run = Run(str(file), {**common, **row["settings"]}, row["summary"])
+            if "seed" not in run.settings or not {"data", "label"} <= run.summary.keys():
+                raise ValueError(f"{line} is a run without its seed, data or label; is the file whole?")
+            runs.append(run)
         elif row.keys() | {"across"} == _CHOICE:
             choices.append(_choice(row | {"settings": _less({**common, **row["settings"]}, row["search"])}))
         elif row.keys() == _COMMAND:
@@ -219,6 +232,15 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{line} is no record; name a run's folder, a sweep's, or the .jsonl that "
                              "fedmm compare --into leaves beside its page")  # fmt: skip
         yield line, row
+
+
+def _row_of(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Of a table."""
+    return settings.get("data"), settings.get("label")
+
+
+def _search_of(choice: Choice) -> tuple[str, ...]:
+    return choice.key, *sorted(choice.combination)
 
 
 def _row(choice: Choice) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fedmm.runs import evidence, home, plots, records, table
+from fedmm.runs import evidence, home, plan, plots, records, table
 from fedmm.runs.records import Choice, Records
 
 
@@ -15,15 +15,15 @@ def write(into: Path, made_of: Records, against: str | None, command: str, *, an
     """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`.
 
     Raises ValueError for a name that is no markdown file's, as the others take its name with an ending of their own,
-    and where the file of records that lies there has runs that these would not replace, unless it is `anew`.
+    and where the file of records that lies there has runs or searches that these would not replace, unless `anew`.
     """
     if into.suffix != ".md":
         raise ValueError(f"--into {into} must end in .md; picture and records take its name, with .png and .jsonl")
     picture, kept = into.with_suffix(".png"), into.with_suffix(".jsonl")
     if not anew and (lost := records.only_in(kept, made_of)):
         raise ValueError(
-            f"{kept} has runs that these would not replace, {len(lost)} of them, as {lost[0].place}; name it among "
-            "what is compared, give another --into, or remove it"
+            f"{kept} has runs or searches that these would not replace, {len(lost)} of them, as {lost[0]}; name it "
+            "among what is compared, give another --into, or remove it"
         )
     rows = evidence.rows(made_of.runs)
     shown = table.columns(against, rows)
@@ -68,7 +68,8 @@ def _chosen(choices: Sequence[Choice]) -> str:
             of_all = {
                 v: statistics.fmean(c.tried[v] for c in group) for v in values if all(v in c.tried for c in group)
             }
-            rows.append(((*shared, f"(mean over {', '.join(group[0].across)})"), of_all))
+            if of_all and plan.best(of_all) == chosen:  # else others were among them, which a later search has
+                rows.append(((*shared, f"(mean over {', '.join(group[0].across)})"), of_all))
         for combination, tried in rows:
             name = " ".join(part for part in combination if part not in everywhere) or "–"
             cells = " | ".join(f"{100 * tried[value]:.1f}" if value in tried else "–" for value in values)

@@ -9,11 +9,11 @@ little. Of three values or more the search goes on past an end that is best, by 
 done when it has its summary; what is done is not repeated, what was cut goes on.
 
 The same folder takes more values later: what it holds of them is done. Where a wider search then chooses another value,
-runs of the former are set aside.
+other runs are made, and those of the former stay in their folders, out of the folder's tables.
 
-    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each     DIR/aside/<name>  runs of a value no longer chosen
-    DIR/tuned.json  what was chosen     DIR/known.jsonl  what --known gave     DIR/commands.json
-    DIR/results.md  .png  .jsonl
+    DIR/tune/<name>  DIR/runs/<name>  <name>.log beside each
+    DIR/runs.jsonl  the runs that the folder stands for, its own and what --known gave
+    DIR/tuned.json  what was chosen     DIR/commands.json     DIR/results.md  .png  .jsonl  of what was asked last
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +51,12 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     """
     if "=" in path.name or (path / "config.yaml").exists():
         raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
-    if tuned and (unknown := set(tuned.across) - config.axes(overrides).keys()):
-        raise settings.ConfigError(f"--tune-across {min(unknown)} is no override of this sweep; name one that is")
-    if tuned and tuned.key in config.axes(overrides):
+    given = config.axes(overrides).keys()
+    if tuned and (unknown := {*tuned.across} - (given - {"seed"})):
+        raise settings.ConfigError(
+            f"--tune-across {min(unknown)} is no override of this sweep, or its seed; name another that is"
+        )
+    if tuned and tuned.key in {key.lstrip("+~") for key in given}:
         raise settings.ConfigError(f"{tuned.key} is what --tune chooses; leave {tuned.key}=... or --tune out")
     known = known or Records()
     cells = plan.trials(path / "tune", overrides, tuned) if tuned else {}
@@ -68,26 +71,29 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
         chosen: dict[tuple[str, ...], Choice] = {}
         if tuned:
             key = tuned.key
-            chosen = _tuned(path / "tune", overrides, tuned, tried, check, lambda asked: _run_all(asked, at_once, say))
+            chosen = _tuned(path / "tune", overrides, tuned, tried, check, lambda asked: _run_all(asked, at_once, say),
+                            say)  # fmt: skip
             final = plan.jobs(path / "runs", overrides, lambda cell: [f"{key}={chosen[tuple(cell)].chosen}"])
-            _set_aside(path / "aside", final, key, say)
         found = _known_runs(known, final, say)
         missing = [job for job in final if job not in found]
         if tuned:
             _check(missing, check)
         commands = known.commands if found or tried else {}
-        records.note(path, Records(list(found.values()), list(chosen.values()), commands))
-        _run_all(missing, at_once, say)
+        there = [*found.values(), *(records.of_arm(job.path) for job in missing if job.done)]
+        asked = [records.settings_of(config.compose(job.overrides)) for job in missing]
+        records.note(path, Records(there, list(chosen.values()), commands), asked)
+        _run_all(missing, at_once, say, lambda job: records.note(path, Records([records.of_arm(job.path)])))
     runs = [found.get(job) or records.of_arm(job.path) for job in final]
-    return Records(runs, list(chosen.values()), records.beside(path).commands)
+    return Records(runs, list(chosen.values()), records.noted(path).commands)
 
 
 def accuracy(job: Job) -> float:
-    """Own accuracy of a trial, mean over clients."""
-    own = json.loads((job.path / "summary.json").read_text())["final"]["own"]
+    """Own accuracy of a trial, mean over clients; one that the run lost on its way answered nothing."""
+    told = json.loads((job.path / "summary.json").read_text())
+    own = told["final"]["own"]
     if not own:
         raise FedmmError(f"{job.path} scored no client; see {job.log}")
-    return statistics.fmean(own.values())
+    return sum(own.values()) / (len(own) + len(told.get("unscored", ())))
 
 
 def _known_trials(
@@ -139,29 +145,43 @@ def _tuned(
     tried: Mapping[tuple[str, ...], Mapping[str, float]],
     check: Callable[[list[str]], Any],
     run_all: Callable[[Sequence[Job]], None],
+    say: Callable[[str], None],
 ) -> dict[tuple[str, ...], Choice]:
     """What is chosen for every combination once no search goes on; `tried` is known already. A search ends before a
-    value that cannot be."""
+    value that cannot be, and before one of its own whose run fails, as where training diverges."""
+    run_all(_untried(plan.trials(path, overrides, tuned), tried))
     wider: dict[tuple[str, ...], Sequence[str]] = {}
+    ended: set[tuple[str, ...]] = set()
     while True:
-        cells = plan.trials(path, overrides, tuned, wider)
-        run_all(_untried(cells, tried))
         found = {
             cell: {value: known[value] if value in known else accuracy(job) for value, job in by_value.items()}
-            for cell, by_value in cells.items()
+            for cell, by_value in plan.trials(path, overrides, tuned, wider).items()
             for known in [tried.get(cell, {})]
         }
         means = {cell: _mean_of([found[other] for other in plan.alike(cell, found, tuned.across)]) for cell in found}
         most = len(tuned.values) + plan.FURTHER
-        more = {cell: values for cell, mean in means.items() if (values := plan.further(mean, most))}
-        next_jobs = plan.trials(path, overrides, tuned, more) if more else {}
-        odd = {cell for cell in more if _mistakes(_untried({cell: next_jobs[cell]}, found), check)}
-        more = {cell: values for cell, values in more.items() if not odd & {*plan.alike(cell, found, tuned.across)}}
-        if not more:
+        asked = {c: values for c, mean in means.items() if c not in ended and (values := plan.further(mean, most))}
+        more = plan.trials(path, overrides, tuned, asked)
+        beyond = {cell: _untried({cell: more[cell]}, {cell: {**tried.get(cell, {}), **found[cell]}}) for cell in asked}
+        ended |= _alike_to((cell for cell in asked if _mistakes(beyond[cell], check)), found, tuned)
+        try:
+            run_all([job for cell in asked if cell not in ended for job in beyond[cell]])
+        except FedmmError as error:
+            say(f"a search ends before a value whose run failed: {error}")
+            failed = (cell for cell in asked if not all(job.done for job in beyond[cell]))
+            ended |= _alike_to(failed, found, tuned)
+        if not (goes_on := {cell: values for cell, values in asked.items() if cell not in ended}):
             return {
                 cell: Choice.of(tuned.key, cell, found[cell], plan.best(means[cell]), tuned.across) for cell in found
             }
-        wider |= more
+        wider |= goes_on
+
+
+def _alike_to(
+    cells: Iterable[tuple[str, ...]], among: Collection[tuple[str, ...]], tuned: Search
+) -> set[tuple[str, ...]]:
+    """These combinations and those that take one value with them."""
+    return {other for cell in cells for other in plan.alike(cell, among, tuned.across)}
 
 
 def _mean_of(tried: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -169,7 +189,9 @@ def _mean_of(tried: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {value: statistics.fmean(found[value] for found in tried) for value in tried[0]}
 
 
-def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> None:
+def _run_all(
+    asked: Sequence[Job], at_once: int, say: Callable[[str], None], ended: Callable[[Job], None] = lambda job: None
+) -> None:
     waiting = [job for job in asked if not job.done]
     if len(asked) > len(waiting):
         say(f"{len(asked) - len(waiting)} of {len(asked)} are done already")
@@ -182,6 +204,7 @@ def _run_all(asked: Sequence[Job], at_once: int, say: Callable[[str], None]) -> 
                 job = running[future]
                 left = (time.monotonic() - began) / done * (len(waiting) - done)
                 if future.result():
+                    ended(job)
                     say(f"[{done}/{len(waiting)}] {job.name}, about {left / 60:.0f} min left")
                 else:
                     failed.append(job)
@@ -208,19 +231,6 @@ def _run_one(job: Job) -> bool:
     with job.log.open("a") as log:
         ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
     return ended.returncode == 0 and job.done
-
-
-def _set_aside(path: Path, final: Sequence[Job], key: str, say: Callable[[str], None]) -> None:
-    """Move runs that differ in the value of the searched setting alone from what is asked now."""
-    for job in final:
-        if not (job.path / "config.yaml").exists():
-            continue
-        there, wanted = records.asked_in(job.path), records.settings_of(config.compose(job.overrides))
-        if evidence.differing(there, wanted) == [key]:
-            with alone(job.path, wait=True):  # a sweep that was killed may have left it running
-                path.mkdir(exist_ok=True)
-                job.path.rename(path / f"{job.name}_{key}-{there[key]}_{time.time_ns()}")
-            say(f"{job.name} with {key}={there[key]} is set aside, {wanted[key]} is chosen now")
 
 
 def _check(asked: Sequence[Job], check: Callable[[list[str]], Any]) -> None:
