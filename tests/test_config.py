@@ -327,3 +327,9 @@ def test_what_is_composed_follows_the_environment(monkeypatch):
     for folder in ("/a", "/b"):
         monkeypatch.setenv("FEDMM_DATA", folder)
         assert compose(["scenario=feddat_task"]).dataset.of.vcr.path == f"{folder}/vcr"
+
+
+@pytest.mark.parametrize("asked", ["optimizer.lr=nan", "clip_norm=nan", "method.step.mu=nan"])
+def test_what_is_no_number_is_refused(asked):
+    (said,) = check(compose(["method=fedprox", "rule=mean", asked]))
+    assert "got nan" in said

@@ -37,14 +37,14 @@ def _settings(cfg: Config) -> Iterator[str]:
     """Settings by themselves."""
     for path, low in AT_LEAST.items():
         value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
-        if isinstance(value, int | float) and value < low:  # of a step that is off there is none
+        if isinstance(value, int | float) and not value >= low:  # nan neither; of a step that is off there is none
             yield f"{path} must be at least {low:g}, got {value:g}"
     for path, choices in ONE_OF.items():
         if (chosen := OmegaConf.select(typing.cast(DictConfig, cfg), path)) not in choices:
             yield f"{path} must be {' or '.join(choices)}, got {chosen}"
     if cfg.clients_per_round is not None and not 1 <= cfg.clients_per_round <= cfg.clients:
         yield f"clients_per_round must be from 1 to clients={cfg.clients}, got {cfg.clients_per_round}"
-    if cfg.clip_norm is not None and cfg.clip_norm <= 0:
+    if cfg.clip_norm is not None and not cfg.clip_norm > 0:
         yield f"clip_norm must be above 0, or null for none, got {cfg.clip_norm:g}"
     if cfg.link.address is None and not is_loopback(cfg.link.bind):
         yield f"link.bind={cfg.link.bind} needs link.address: the host and port that clients dial"
