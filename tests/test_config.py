@@ -50,7 +50,10 @@ def test_a_method_chosen_by_hand_names_itself():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("ronds=3", r"(?s)ronds.*available options.*rounds"),
+        ("ronds=3", r"(?s)ronds.*available options.*rounds.*did you mean rounds\?"),
+        ("lr=1e-3", r"(?s)did you mean optimizer\.lr\?"),
+        ("arm=fedat", r"(?s)did you mean feddat"),
+        ("arm=fedavg,feddat", r"(?s)several values are for fedmm sweep"),
         ("link.los=client", r"(?s)los.*available options in link.*loss"),
         ("method=fednanu", r"(?s)fednanu.*fednano"),
         ("rule=average", r"(?s)average.*mean"),
@@ -74,7 +77,7 @@ def test_a_wrong_yaml_is_named_and_not_composed_again(tmp_path, monkeypatch):
 
 
 def test_the_options_named_are_those_of_what_was_chosen():
-    with pytest.raises(ConfigError, match=r"(?s)available options in method.step: mu, use$"):
+    with pytest.raises(ConfigError, match=r"(?s)available options in method.step: mu, use\ndid you mean mu\?$"):
         load(["method=fedprox", "rule=mean", "method.step.m=0.1"])
 
 

@@ -209,7 +209,8 @@ def _rows(path: str, name: str | None, split: str, wanted: Mapping[str, tuple[st
     except ValueError as error:  # an unknown split or configuration: it lists those that there are
         raise ValueError(f"{path}: {error}; set dataset.splits or dataset.name") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{path} is no folder with data here, nor found on the hub ({error}); set its path") from error
+        raise ValueError(f"{path} is no folder with data here, nor found on the hub ({error}); set its path "
+                         "(the variable FEDMM_DATA where it lies under that)") from error  # fmt: skip
     has = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
     for knob, (column, kind) in wanted.items():
         if column not in rows.features or not isinstance(rows.features[column], kind):

@@ -99,8 +99,11 @@ def _mistakes(arm: Arm) -> Iterator[str]:
     yield from found
     try:
         check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
+    except ValueError as error:
+        yield str(error)
+    try:
         if arm.cfg.run.has_data and not any(
-            mistake.startswith(("dataset", "partition", "clients ")) for mistake in found
+            mistake.startswith(("dataset", "partition", "clients ", "evaluate.split")) for mistake in found
         ):
             made = splits(arm.cfg)
             if not made.get(arm.cfg.evaluate.split):

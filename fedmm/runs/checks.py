@@ -124,7 +124,10 @@ def _method(cfg: Config) -> Iterator[str]:
         yield f"method.step has a schema of its own, {own}; leave schema=... out, or choose another method"
     asked = list(_sets_asked(cfg))
     if idle := set(cfg.method.sets) - {"frozen", *(name for _, sets in asked for name in sets)} if asked else None:
-        yield f"method.sets has {min(idle)}, which no branch of method.step trains; take it out, or name it in one"
+        yield (
+            f"method.sets has {min(idle)}, which no branch of method.step trains; name it in one, or take it out of "
+            "method.sets and method.use"
+        )
     if cfg.method.fisher and "shared" not in cfg.method.sets:
         yield (
             f"method.fisher is of the shared adapters, which method.sets={list(cfg.method.sets)} lacks; name shared, "

@@ -5,13 +5,14 @@ Everything is checked before anything starts, and every mistake is reported at o
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
 import shlex
 import threading
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
     cause = error.__cause__ or error.__context__
     lines = [str(error) if "vailable options" in str(error) else str(error).split("\n")[0]]
     lines += [str(cause).split("\n")[0]] if cause else []
+    if "Ambiguous value" in lines[0]:
+        lines.append("several values are for fedmm sweep; a run takes one, and other arms beside it by compare=[...]")
+    if missing := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
+        lines += _meant(missing[2], options(missing[1]))
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     choices = tuple(o for o in overrides if _key(o) in groups())
     if unknown and choices != overrides:  # else a yaml is wrong, and composing it again would be too
@@ -134,9 +139,19 @@ def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
         chosen = _compose(choices)
         node = OmegaConf.select(chosen, parent) if parent else chosen
         keys = [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []
+        keys += [] if parent else [group for group in groups() if group not in keys]
         names = ", ".join(sorted(keys)) or "none"
         lines.append(f"available options{f' in {parent}' if parent else ''}: {names}")
+        lines += _meant(unknown[1], [*groups(), *dict(leaves("", chosen))])
     return "\n".join(dict.fromkeys(filter(None, lines)))
+
+
+def _meant(name: str, there: Collection[str]) -> list[str]:
+    """What a name that is not there may stand for."""
+    inside, _, last = name.rpartition(".")
+    beside = [path.rpartition(".")[2] for path in there if path.rpartition(".")[0] == inside]
+    close = [path for path in there if path.rpartition(".")[2] == last] or difflib.get_close_matches(last, beside, n=2)
+    return [f"did you mean {' or '.join(close)}?"] if close else []
 
 
 def arms(cfg: Config, overrides: Iterable[str]) -> list[tuple[str, list[str]]]:
