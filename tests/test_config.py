@@ -7,6 +7,7 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from fedmm.aggregate import lowrank
 from fedmm.runs import config, targets
 from fedmm.runs.config import check, compose, load, options
 from fedmm.runs.settings import ConfigError
@@ -150,6 +151,17 @@ def test_a_site_may_allow_targets_of_its_own(monkeypatch):
     assert any("outside" in line for line in check(compose(overrides)))
     monkeypatch.setenv("FEDMM_ALLOW_TARGETS", "operator.")
     assert not any("outside" in line for line in check(compose(overrides)))
+
+
+def folds(current: lowrank.Folded, updates: object, memory: object) -> tuple[object, object]:
+    """A site's own rule: what it does to the base is told by its signature, not by its name."""
+    return current, memory
+
+
+def test_a_rule_of_a_site_is_known_by_its_signature(monkeypatch):
+    monkeypatch.setenv("FEDMM_ALLOW_TARGETS", f"{__name__}.")
+    (said,) = check(compose(["arm=feddat", "rule=mean", f"rule._target_={__name__}.folds", "~rule.weights"]))
+    assert "rule=folds folds products into the base, on which method.sets" in said
 
 
 def test_a_target_is_looked_at_before_it_is_called():

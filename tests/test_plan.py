@@ -30,8 +30,9 @@ def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
     assert len({job.path for job in made}) == len(made) == 8
     labels = {config.compose(job.overrides).label for job in made}
     assert labels == {"FedAvg, edge.rank=4", "FedAvg, edge.rank=8", "local, edge.rank=4", "local, edge.rank=8"}
-    (one,) = plan.jobs(tmp_path, ["arm=fedavg"])
-    assert config.compose(one.overrides).label == "FedAvg"
+    (one,) = plan.jobs(tmp_path, ["arm=fedavg", "rounds=3"])
+    assert config.compose(one.overrides).label == "FedAvg" and one.name == "arm-fedavg"
+    assert one.overrides[:2] == ("arm=fedavg", "rounds=3") and len(one.overrides) == 3, "each once, and where"
 
 
 def test_settings_that_make_other_data_name_the_data(tmp_path):

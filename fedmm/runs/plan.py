@@ -71,7 +71,9 @@ def search(text: str | None, across: str | None = None) -> Search | None:
     return Search(key, values, tuple(across.split(",")) if across else ())
 
 
-def jobs(path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]], Sequence[str]] = tuple) -> list[Job]:
+def jobs(
+    path: Path, overrides: Sequence[str], chosen: Callable[[Sequence[str]], Sequence[str]] = lambda cell: ()
+) -> list[Job]:
     """Every combination of the overrides' values. `chosen` gives what tuning adds to a combination without its seed, in
     the folder's name too, as another search may choose another value.
 
