@@ -62,9 +62,10 @@ def plan(overrides: list[str]) -> list[Arm]:
 
 
 def run(grid: Grid, arms: list[Arm]) -> Path:
-    """Run the arms in turn and write the report. Returns the run's folder."""
+    """Run the arms in turn and write the report. Returns the run's folder, which is there once the LLM is loaded."""
+    held = whole(arms[0].cfg)
     with alone(arms[0].folder):
-        return _run(grid, arms, whole(arms[0].cfg))
+        return _run(grid, arms, held)
 
 
 def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
