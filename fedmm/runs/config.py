@@ -90,7 +90,7 @@ def _composed(overrides: tuple[str, ...], _data: str | None) -> DictConfig:
             whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
             choices = whole.hydra.runtime.choices
             cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-            named = set(map(_key, overrides))
+            named = set(map(key_of, overrides))
             if "label" not in named and (by_hand := named & {"method", "rule", "schema"}):
                 cfg.label = "+".join(choices[group] for group in ("method", "rule", *by_hand & {"schema"}))
             both = f"{choices['dataset']}, {choices['partition']}"
@@ -108,13 +108,13 @@ def _composed(overrides: tuple[str, ...], _data: str | None) -> DictConfig:
 def _of_arm(overrides: Sequence[str]) -> list[str]:
     """What the file of a named arm sets, as overrides, where an experiment is named too: Hydra composes that after the
     arm, and it would win."""
-    named = {_key(override): override.partition("=")[2] for override in overrides}
+    named = {key_of(override): override.partition("=")[2] for override in overrides}
     if "experiment" not in named or named.get("arm") not in options("arm"):
         return []
     return [quoted(key, value) for key, value in leaves("", _arm_file(named["arm"]))]
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
     """What an override sets: +, ++ and ~ in front of it are Hydra's."""
     return override.lstrip("+~").split("=", 1)[0]
 
@@ -133,7 +133,7 @@ def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
         lines += _meant(missing[2], options(missing[1]))
     unknown = re.search(r"Could not override '([^']+)'", str(error))
-    choices = tuple(o for o in overrides if _key(o) in groups())
+    choices = tuple(o for o in overrides if key_of(o) in groups())
     if unknown and choices != overrides:  # else a yaml is wrong, and composing it again would be too
         parent = unknown[1].rpartition(".")[0]
         chosen = _compose(choices)
@@ -172,9 +172,9 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
             several = override.is_sweep_override()
             values = tuple(override.sweep_string_iterator()) if several else (override.get_value_element_as_str(),)
             key = override.get_key_element()
-            if _key(key) in map(_key, found):
-                raise ValueError(f"{_key(key)} is given twice; give its values once, with commas between them")
-            if _key(key) == "seed" != key:
+            if key_of(key) in map(key_of, found):
+                raise ValueError(f"{key_of(key)} is given twice; give its values once, with commas between them")
+            if key_of(key) == "seed" != key:
                 raise ValueError(f"{key}=... sets the seed; write seed=...")
             found[key] = values
     except Exception as error:  # hydra's own class of a bad override is private, and it raises others
@@ -186,7 +186,7 @@ def _compared(arm: str, overrides: list[str]) -> list[str]:
     file = _arm_file(arm)
     chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
-    keys = {override: _key(override) for override in overrides}
+    keys = {override: key_of(override) for override in overrides}
     of_stages = [o for o, key in keys.items() if "." in key and key.split(".")[0] in STAGES and key not in own]
     kept = [o for o, key in keys.items() if o not in of_stages and not {key, key.split(".")[0]} & own]
     there = dict(leaves("", _compose((*kept, f"arm={arm}"))) if of_stages else ())

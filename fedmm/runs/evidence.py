@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmm.runs.records import Run, apart
+from fedmm.runs.records import Run, apart, differing
 
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
@@ -155,11 +155,6 @@ def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
                 f"{run.settings.get(key)!r}; set label=... to tell them apart"
             )
     return {key: value for key, value in first.settings.items() if key != "seed"}
-
-
-def differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The settings in which two runs, or what they were scored on, differ."""
-    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
 
 
 def mean(values: Iterable[float]) -> float | None:

@@ -99,14 +99,10 @@ def settings_around(key: str, combination: Sequence[str]) -> dict[str, Any]:
     return _less(settings_of(config.compose(combination)), key)
 
 
-def asked_in(folder: Path) -> dict[str, Any]:
-    """What the run of an arm's folder was asked, finished or not."""
-    return settings_of(OmegaConf.load(folder / "config.yaml"))
-
-
 def of_arm(folder: Path) -> Run:
     """A finished arm, from its folder."""
-    return Run(str(folder), asked_in(folder), json.loads((folder / "summary.json").read_text()))
+    asked = settings_of(OmegaConf.load(folder / "config.yaml"))
+    return Run(str(folder), asked, json.loads((folder / "summary.json").read_text()))
 
 
 def load(paths: Iterable[Path]) -> Records:
@@ -149,11 +145,18 @@ def only_in(file: Path, told: Records) -> list[str]:
     return runs + [" ".join(name) for choice in there.choices if (name := _search_of(choice)) not in searches]
 
 
+def differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The settings in which two runs, or what they were scored on, differ."""
+    return sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+
+
 def apart(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The settings in which two runs of an arm differ beside their seed, and those that follow it, as a rule's."""
     seeds = first["seed"], other["seed"]
-    differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
-    return [key for key in differ if not f".{key}".endswith(".seed") or (first.get(key), other.get(key)) != seeds]
+    return [
+        key for key in differing(first, other)
+        if not f".{key}".endswith(".seed") or (first.get(key), other.get(key)) != seeds
+    ]  # fmt: skip
 
 
 # ---- a sweep's folder -----------------------------------------------------------------------------------------------

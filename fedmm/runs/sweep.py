@@ -56,7 +56,7 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
         raise settings.ConfigError(
             f"--tune-across {min(unknown)} is no override of this sweep, or its seed; name another that is"
         )
-    if tuned and tuned.key in {key.lstrip("+~") for key in given}:
+    if tuned and tuned.key in map(config.key_of, given):
         raise settings.ConfigError(f"{tuned.key} is what --tune chooses; leave {tuned.key}=... or --tune out")
     known = known or Records()
     cells = plan.trials(path / "tune", overrides, tuned) if tuned else {}
@@ -125,7 +125,7 @@ def _known_runs(known: Records, asked: Sequence[Job], say: Callable[[str], None]
     for job in asked if known.runs else ():
         wanted = records.settings_of(config.compose(job.overrides))
         for run in known.runs:
-            differ = evidence.differing(run.settings, wanted)
+            differ = records.differing(run.settings, wanted)
             if not differ:
                 found[job] = run
             elif all(run.settings.get(key) == wanted[key] for key in ("data", "label", "seed")):
