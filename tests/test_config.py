@@ -16,7 +16,7 @@ CHOICES = [(group, name) for group in config.groups() for name in options(group)
 
 OF_LONG_TAILS = {
     "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained",
-    "mllmfl_unlabelled", "mllmfl_oracle", "fedavg_distilled",
+    "mllmfl_unlabelled", "mllmfl_oracle", "fedavg_distilled", "private_head",
 }  # fmt: skip
 CREFF = {("schema", "creff")}
 

@@ -135,6 +135,14 @@ def test_a_path_may_hold_any_character(backbone, tmp_path):
     assert path == folder and (folder / "arms" / "fedavg" / "summary.json").exists()
 
 
+def test_a_client_that_ends_late_leaves_what_it_kept_since():
+    """Given up in round 2, it trained on; round 3 of the same client was accepted in the meantime."""
+    for round in (1, 2, 3):
+        home.save_kept("a-run", 0, round, {"local.up": torch.full((1,), round)}, needed=round - 1)
+    home.save_kept("a-run", 0, 2, {"local.up": torch.zeros(1)}, needed=1)
+    assert home.load_kept("a-run", 0, 3)["local.up"] == 3
+
+
 def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "arm=local", "rounds=3")
     ledger = [
@@ -456,7 +464,7 @@ def test_a_client_that_lost_what_it_kept_is_told(backbone, tmp_path, monkeypatch
         home, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round)
     )
     path = run(backbone, tmp_path / "run", "arm=local")
-    assert "no longer has its local adapters of round 1" in rounds(path)[1]["lost"]["1"]
+    assert "'s local adapters of round 1 are not under" in rounds(path)[1]["lost"]["1"]
 
 
 def test_state_files_are_whole_or_not_there(tmp_path):
@@ -720,6 +728,13 @@ def test_a_client_that_sends_garbage(backbone, tmp_path):
 def test_what_cannot_work_together_is_told_before_anything_starts_and_all_at_once():
     for asked, wanted in (
         (["arm=feddat", "method.sets=[shared,frozen]", "method.use=[shared]"], "needs local in method.sets"),
+        (["arm=feddat", "method.step.teacher=[local,shared]"], "teacher=['local', 'shared'] and .* both train shared"),
+        (
+            ["arm=feddat", "method.step.teacher=[shared,frozen]", "method.sets=[shared,frozen]", "method.use=[shared]"],
+            "both train shared, .*local in the one",
+        ),
+        (["arm=fedavg", "schema=private_head"], "sends nothing of the shared set, such as shared.image.down"),
+        (["experiment=mllmfl_embedded", "schema=private_head"], "align tunes a whole model, and the schema leaves"),
         (["arm=krum", "clients=4"], "needs at least 5 clients"),
         (["faulty=[7]", "fault=scaled"], "below clients=5"),
         (["arm=hetlora", "rule=mean"], "edge.ranks=null"),
@@ -728,7 +743,8 @@ def test_what_cannot_work_together_is_told_before_anything_starts_and_all_at_onc
             load([*asked, "seed=1"])
     with pytest.raises(ConfigError) as both:
         load(["arm=feddat", "method.sets=[shared,frozen]", "rounds=-1", "faulty=[7]", "rule=krum", "clients=3"])
-    assert all(knob in str(both.value) for knob in ("method.use", "local in method.sets", "rounds", "faulty"))
+    knobs = ("method.use", "local in method.sets", "rounds", "faulty", "at least 5 clients in a round, got 3")
+    assert all(knob in str(both.value) for knob in knobs)
 
 
 @pytest.mark.parametrize("arm", ["balanced_softmax", "logit_adjustment", "class_balanced"])

@@ -28,7 +28,7 @@ from fedmm.types import State, Step
 NAMES = ["image.down", "image.up", "text.down", "text.up", "encoder.q_proj.lora_A", "encoder.q_proj.lora_B"]
 NAMES += ["llm.layers.0.mlp.bottleneck_down", "llm.layers.0.mlp.bottleneck_up"]
 A, B = ({n for n in NAMES if n.endswith(ends)} for ends in (("down", "lora_A"), ("up", "lora_B")))
-SCHEMAS = sorted({*config.options("schema")} - {"creff"})  # which is of a classifier: tests/test_classifier.py
+SCHEMAS = sorted({*config.options("schema")} - {"creff", "private_head"})  # these two are of a classifier
 
 
 def schema_of(name: str) -> AnySchema:
@@ -145,15 +145,21 @@ def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, del
             assert torch.equal(before[name], after[name]) == (not name.endswith(moving))
 
 
-def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, deltas, monkeypatch):
-    began: dict[tuple[int, int], State] = {}
+@pytest.fixture
+def began(monkeypatch) -> dict[tuple[int, int], State]:
+    """The shared set that each client begins a round with, the last scoring being one round more."""
+    seen: dict[tuple[int, int], State] = {}
     load = client_side._load_sets
 
     def loaded(cfg, edge, order, arrived):
         load(cfg, edge, order, arrived)
-        began[order.round, order.client] = edge.state()
+        seen[order.round, order.client] = edge.state()
 
     monkeypatch.setattr(client_side, "_load_sets", loaded)
+    return seen
+
+
+def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, deltas, began):
     path = run(backbone, tmp_path / "run", "arm=fedsa_lora", "rounds=3")
     run_id = json.loads((path / "environment.json").read_text())["run"]
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.down", "text.down")}
@@ -170,12 +176,30 @@ def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, delt
         export(path, tmp_path / "no")
 
 
+@pytest.mark.parametrize("arm", ["fedavg", "feddat"])
+def test_a_private_head_stays_at_its_client_from_round_to_round(backbone, tmp_path, deltas, began, arm):
+    classes = ["head=classes", "compact=resnet8", "dataset.kinds=[colour]", "dataset.layouts=[one]"]
+    path = run(backbone, tmp_path / "run", f"arm={arm}", "rounds=3", *classes, "schema=private_head")
+    heads = {"shared.head.weight", "shared.head.bias"}
+    assert all(delta and all(name.startswith("trunk.") for name in delta) for delta in deltas.values())
+    assert all(name.startswith("trunk.") for name in states(path)[-1])
+    run_id = json.loads((path / "environment.json").read_text())["run"]
+    for client in range(3):
+        mine = home.load_kept(run_id, client, 3)
+        assert heads == {name for name in mine if name.startswith("shared.")}
+        for name in heads:
+            assert torch.equal(began[4, client][name.removeprefix("shared.")], mine[name]), "scored with its own head"
+            assert not torch.equal(began[1, client][name.removeprefix("shared.")], mine[name])
+    assert len({tree.digest({"head": began[3, client]["head.weight"]}) for client in range(3)}) == 3
+    assert all(torch.equal(began[4, 0][name], tensor) for name, tensor in states(path)[-1].items())
+
+
 def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_path, deltas):
     path = run(backbone, tmp_path / "run", "arm=feddpa", "rounds=4", "method.step.tune=2", "schedule=constant")
     plain = run(backbone, tmp_path / "plain", "arm=fedavg", "rounds=2", "schedule=constant")
     assert rounds(path)[1]["state"] == rounds(plain)[1]["state"], "until it tunes it is FedAvg"
     assert summary.scores(path)[1]["own"] == summary.scores(plain)[1]["own"], "half of each of two alike is one whole"
-    assert all(not delta for (round, _), delta in deltas.items() if round > 2 and len(delta) != 4)
+    assert all(not delta for (round, _), delta in deltas.items() if round > 2)
     assert tree.digest(states(path)[-1]) == tree.digest(states(path)[1]), "and then it is not touched"
     run_id = json.loads((path / "environment.json").read_text())["run"]
     shared = states(path)[-1]

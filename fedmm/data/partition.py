@@ -1,15 +1,16 @@
-"""Who holds which examples: `(examples, num_clients, generator, *, ...)` to one list of indices a client.
+"""Who holds which examples: `(examples, num_clients, generator, *, trained, ...)` to one list of indices a client.
 
-All draw the law (the shares of each label at each client) first, from the generator and the sorted label values alone;
-only then do they look at how many examples there are. Called with a generator of the same seed, the train, validation
-and test splits of a dataset therefore follow the same law, and a client is tested on what it trained on, as long as
-every split holds every label value.
+All draw the law (the shares of each label at each client) first, from the generator and the sorted label values of
+`trained`, the training split, alone; only then do they look at how many examples there are. Called with a generator of
+the same seed, the train, validation and test splits of a dataset therefore follow the same law, and a client is tested
+on what it trained on. A value that no training example has gets a law of its own, which nobody trained for.
 Every index is used exactly once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,13 @@ from fedmm.types import Example
 Parts = list[list[int]]
 
 
-def iid(examples: Sequence[Example], num_clients: int, generator: torch.Generator) -> Parts:
+def iid(
+    examples: Sequence[Example],
+    num_clients: int,
+    generator: torch.Generator,
+    *,
+    trained: Sequence[Example] | None = None,  # no label matters here
+) -> Parts:
     """Even shares of a shuffled deck; sizes differ by one at most."""
     order = _rng(generator).permutation(len(examples))
     return _checked("iid", [order[client::num_clients].tolist() for client in range(num_clients)], examples)
@@ -32,6 +39,7 @@ def dirichlet(
     num_clients: int,
     generator: torch.Generator,
     *,
+    trained: Sequence[Example] | None = None,
     by: str = "kind",  # the question kinds: what a client asks about
     alpha: float = 0.3,  # small: few kinds a client; large: iid
     min_examples: int = 8,  # a quarter of a batch; the proportions of a tiny client would be noise anyway
@@ -41,12 +49,12 @@ def dirichlet(
     Clients left with fewer than `min_examples` take some of the largest client's, so that no split is drawn twice.
     Source: Hsu, Qi & Brown 2019, with the draw over clients as in Yurochkin et al. 2019.
     """
-    rng, groups = _rng(generator), _groups("dirichlet", examples, by)
+    rng, groups = _rng(generator), _groups("dirichlet", examples, trained, by)
     if alpha <= 0:
         raise ValueError(f"partition=dirichlet has alpha={alpha}; set partition.alpha above 0")
-    shares_LK = rng.dirichlet([alpha] * num_clients, size=len(groups))
+    shares_LK = rng.dirichlet([alpha] * num_clients, size=len(groups.all))
     parts: Parts = [[] for _ in range(num_clients)]
-    for share_K, members in zip(shares_LK, groups.values(), strict=True):
+    for share_K, members in zip(shares_LK, groups.all, strict=True):
         cuts = np.rint(np.cumsum(share_K) * len(members)).astype(int)[:-1]
         for part, some in zip(parts, np.split(rng.permutation(members), cuts), strict=True):
             part.extend(some.tolist())
@@ -63,6 +71,7 @@ def by_label(
     num_clients: int,
     generator: torch.Generator,
     *,
+    trained: Sequence[Example] | None = None,
     by: str = "style",  # FedDAT's four: style (domain), kind (function), layout (scene), task
     share: bool = False,  # clients of one value are no heterogeneity; True where that is what is wanted
 ) -> Parts:
@@ -71,16 +80,17 @@ def by_label(
     More clients than values are refused, or, with `share`, values go round and their clients share them evenly.
     Source: FedDAT 2023, section 4.1, where each client is one dataset.
     """
-    rng, groups = _rng(generator), _groups("by_label", examples, by)
-    if num_clients > len(groups) and not share:
+    rng, groups = _rng(generator), _groups("by_label", examples, trained, by)
+    L = len(groups.trained)
+    if num_clients > L and not share:
         raise ValueError(
-            f"partition.by={by} finds {len(groups)} values in the dataset ({', '.join(groups)}) for "
+            f"partition.by={by} finds {L} values in the dataset ({', '.join(groups.trained)}) for "
             f"clients={num_clients}; lower clients, take a dataset with more (scenario=domain, function, scene or task "
             "sets both), or let clients share them with partition.share=true"
         )
     parts: Parts = [[] for _ in range(num_clients)]
-    for value, members in enumerate(groups.values()):
-        holders = [k for k in range(num_clients) if k % len(groups) == value] or [value % num_clients]
+    for value, members in enumerate(groups.all):
+        holders = [k for k in range(num_clients) if k % L == value] or [value % num_clients]
         order = rng.permutation(members)
         for turn, client in enumerate(holders):
             parts[client].extend(order[turn :: len(holders)].tolist())
@@ -92,6 +102,7 @@ def equal(
     num_clients: int,
     generator: torch.Generator,
     *,
+    trained: Sequence[Example] | None = None,
     by: str = "answer",  # the classes; of long tails the answer is the class
     alpha: float | None = 0.5,  # MLLM-FL's and the common protocol's; None: every client has everybody's mix
 ) -> Parts:
@@ -102,13 +113,15 @@ def equal(
     tail, clients get what is nearest to the same mix: its odds, scaled to that split's shares.
     Source: MLLM-FL 2024 for alpha and equal sizes; the scaling is Sinkhorn & Knopp 1967.
     """
-    rng, groups = _rng(generator), _groups("equal", examples, by)
+    rng, groups = _rng(generator), _groups("equal", examples, trained, by)
     if alpha is not None and alpha <= 0:
         raise ValueError(f"partition=equal has alpha={alpha}; set partition.alpha above 0 or to null")
-    mix_KC = rng.dirichlet([alpha] * len(groups), size=num_clients) if alpha else np.ones((num_clients, len(groups)))
-    shares_KC = _even(mix_KC, [len(members) for members in groups.values()])
+    L = len(groups.trained)
+    mix_KC = rng.dirichlet([alpha] * L, size=num_clients) if alpha else np.ones((num_clients, L))
+    mix_KC = np.pad(mix_KC, ((0, 0), (0, len(groups.all) - L)), constant_values=1 / L)
+    shares_KC = _even(mix_KC, [len(members) for members in groups.all])
     parts: Parts = [[] for _ in range(num_clients)]
-    for label, members in enumerate(groups.values()):
+    for label, members in enumerate(groups.all):
         for part, some in zip(
             parts, np.split(rng.permutation(members), np.cumsum(shares_KC[:, label])[:-1]), strict=True
         ):
@@ -121,8 +134,19 @@ def _rng(generator: torch.Generator) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _groups(partition: str, examples: Sequence[Example], by: str) -> dict[str, list[int]]:
-    return by_value(examples, by, f"partition={partition}", "partition.by")
+@dataclass(frozen=True)
+class _Groups:
+    """Indices by label value: of each value that the law is drawn for, in its order, then of those nobody trained."""
+
+    all: list[list[int]]
+    trained: list[str]
+
+
+def _groups(partition: str, examples: Sequence[Example], trained: Sequence[Example] | None, by: str) -> _Groups:
+    who, knob = f"partition={partition}", "partition.by"
+    found = by_value(examples, by, who, knob)
+    law = list(found if trained is None or trained is examples else by_value(trained, by, who, knob))
+    return _Groups([found.get(value, []) for value in dict.fromkeys((*law, *found))], law)
 
 
 def _levelled(parts: Parts, least: int, rng: np.random.Generator) -> Parts:
@@ -165,7 +189,7 @@ def _checked(partition: str, parts: Parts, examples: Sequence[Example]) -> Parts
     if not all(parts):
         raise ValueError(
             f"partition={partition} needs at least one example per client: {len(examples)} examples, "
-            f"clients={len(parts)}, of which {sum(not part for part in parts)} would have none; lower clients or raise "
-            "dataset.train"
+            f"clients={len(parts)}, of which {sum(not part for part in parts)} would have none; lower clients, or "
+            "raise dataset.train (or the size of the split that is scored)"
         )
     return parts

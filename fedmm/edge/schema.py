@@ -67,6 +67,14 @@ def share_a(round: int, rounds: int) -> Schema:
     return Schema((*A, *B, *LOCAL), A)
 
 
+def private_head(round: int, rounds: int) -> Schema:
+    """Of a classifier (`head=classes`) the trunk travels; every client trains and keeps a head of its own.
+
+    Source: Arivazhagan et al. 2019 (FedPer, arXiv 1912.00818); so are the heads of FedDAT's clients.
+    """
+    return Schema(("shared.*", *LOCAL), ("shared.trunk.*",))
+
+
 def fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 

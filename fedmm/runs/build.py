@@ -76,8 +76,8 @@ def partition(cfg: Config, split: str) -> list[list[int]]:
 
     Raises ValueError where the split cannot be divided so.
     """
-    generator = seeds.generator(cfg.seed, "partition")
-    return make(cfg.partition)(splits(cfg)[split], cfg.clients, generator)
+    generator, made = seeds.generator(cfg.seed, "partition"), splits(cfg)
+    return make(cfg.partition)(made[split], cfg.clients, generator, trained=made["train"])
 
 
 def class_counts(cfg: Config) -> dict[str, int]:

@@ -138,6 +138,13 @@ def _method(cfg: Config) -> Iterator[str]:
             yield f"method.step.{name}={sets} needs {lacking[0]} in method.sets, got {list(cfg.method.sets)}"
         elif set(sets) <= {"frozen"}:
             yield f"method.step.{name}={sets} has nothing that trains; name shared or local"
+    branches = dict(asked)
+    teacher, student = (branches.get(name, []) for name in ("teacher", "student"))
+    if both := sorted({*teacher} & {*student} - {"frozen"}):
+        yield (
+            f"method.step.teacher={teacher} and method.step.student={student} both train {both[0]}, which the first "
+            "step would change under the second; name it in one of them: local in the one, shared in the other"
+        )
 
 
 def _rule(cfg: Config) -> Iterator[str]:
@@ -222,6 +229,14 @@ def _rehearse(cfg: Config) -> Iterator[str]:
         yield str(error)
         return
     named = str((cfg.rule or {}).get("_target_")).rpartition(".")[2]
+    own = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in one_set])
+    if own and not current:
+        yield (
+            f"the schema sends nothing of the shared set, such as {own[0]}, and nobody learns from anybody; set "
+            "schema=all (private_head is for head=classes)"
+        )
+    elif own and cfg.align.step:
+        yield f"align tunes a whole model, and the schema leaves {own[0]} at the clients; set align=none or schema=all"
     if _merges(cfg) in (lowrank.Paired, lowrank.Folded) and one_set and not list(lowrank.pairs(one_set)):
         yield f"rule={named} merges low-rank pairs B A, of which clients train none: it is the mean; set rule=mean"
     if _merges(cfg) == lowrank.Folded and cfg.align.step:

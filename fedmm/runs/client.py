@@ -209,8 +209,8 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
     kept = home.load_kept(order.run, order.client, order.kept_round)
     if kept is None:
         raise ValueError(
-            f"client {order.client} no longer has its local adapters of round {order.kept_round}; they were "
-            f"under {home.home()}; point FEDMM_HOME there, or start a new run"
+            f"client {order.client}'s local adapters of round {order.kept_round} are not under {home.home()}; "
+            "point FEDMM_HOME to the folder they were kept in, or start a new run"
         )
     return kept
 

@@ -139,11 +139,12 @@ def load_kept(run: str, client: int, round: int) -> State | None:
 
 def save_kept(run: str, client: int, round: int, state: State, needed: int) -> None:
     """Keep the client's own state of `round`, and that of `needed`, the last round that the server knows of: until it
-    has this round's update it will ask for that one again. All others of the run go.
+    has this round's update it will ask for that one again. Others before this round go; a later one stays, which a
+    client that was given up in this round and ended late would take away.
     """
     save(state, _kept(run, client, round))
     for path in _kept(run, client, round).parent.glob("round_*.safetensors"):
-        if int(path.stem.removeprefix("round_")) not in (needed, round):
+        if (other := int(path.stem.removeprefix("round_"))) < round and other != needed:
             path.unlink(missing_ok=True)
 
 
