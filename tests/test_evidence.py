@@ -80,6 +80,12 @@ def test_a_run_that_scored_nobody_is_no_zero(runs, tmp_path):
     assert cell(rows, "X", "own test %") == "–" and cell(rows, "X", "own - local") == "–"
 
 
+def test_a_table_says_what_was_scored(runs, tmp_path):
+    tuned = write_arm(tmp_path / "v", "FedAvg", 0, {"0": 0.5}, data="function", split="validation")
+    assert [c.heading for c in table.columns(None, rows_of([tuned]))][2] == "own validation %"
+    assert [c.heading for c in table.columns(None, rows_of([*runs, tuned]))][2] == "own part %"
+
+
 def test_kinds_of_data_stand_apart(runs, tmp_path):
     other = write_arm(tmp_path / "f", "FedAvg", 0, {"0": 0.9, "1": 0.9}, data="function")
     rows = rows_of([*runs, other])

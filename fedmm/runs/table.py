@@ -29,15 +29,16 @@ class Column:
 
 def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What a run's own report and the watcher show of these rows."""
+    split = _split(table_of)
     return (
         Column("arm", lambda row, others: row.label),
         Column(
             "global accuracy %",
             lambda row, others: _percent(row, row.overall().values()),
-            "on everybody's test questions",
+            f"on everybody's {split} questions",
         ),
         Column(
-            "own test %",
+            f"own {split} %",
             lambda row, others: _percent(row, row.own_mean().values()),
             "each client on its own part, their mean",
         ),
@@ -54,8 +55,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What a comparison of these rows shows; `asked` as in `against`. Raises ValueError where it is no arm."""
     chosen = against([row.label for row in table_of], asked)
     return (
-        *short_columns([])[:4],
-        *_group_columns(table_of),
+        *short_columns(table_of)[: 4 + len(_group_columns(table_of))],
         *_budget_columns(table_of),
         Column(
             "spread",
@@ -84,6 +84,12 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
         ),
         Column("seeds", lambda row, others: str(len(row.by_seed)) if len(row.by_seed) > 1 else f"1 {ONE_SEED}"),
     )
+
+
+def _split(table_of: Sequence[Row]) -> str:
+    """What they were scored on, where it is the same for all: test, validation."""
+    splits = {row.settings.get("evaluate.split", "test") for row in table_of if row.settings} or {"test"}
+    return splits.pop() if len(splits) == 1 else "part"
 
 
 def _group_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
