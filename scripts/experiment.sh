@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evidence: methods and bounds in every scenario on the embedded data, three seeds, the learning rate of each method
 # chosen by the same small search on the validation split, on average over scenarios. Tables, picture and every run's
-# figures land in docs/RESULTS.*. What docs/RESULTS.jsonl has already is not run again; without that file it is some 230
+# figures land in docs/RESULTS.*. What docs/RESULTS.jsonl has already is not run again; without that file it is some 260
 # runs, hours on two cores.
 #
 #     bash scripts/experiment.sh        runs in runs/results/; a sweep that was stopped goes on
@@ -16,7 +16,7 @@ cd "$root"
 
 into=
 [ -n "${arms:-}${scenarios:-}$*" ] || into=docs/RESULTS.md
-arms=${arms:-local,fedavg,fedprox,fednano,feddat,centralised,fedavg_llm}
+arms=${arms:-local,fedavg,fedprox,fednano,feddat,feddat_weak,centralised,fedavg_llm}
 scenarios=${scenarios:-dirichlet,domain,function,scene,task}
 known=docs/RESULTS.jsonl
 [ -f "$known" ] || known=

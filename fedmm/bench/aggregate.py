@@ -27,7 +27,7 @@ from fedmm.types import State, Update
 CLIENTS, WIDTH = {"toy": 50, "real": 1000}, {"toy": 64, "real": 4096}
 RANK = 64  # at width 4096, with an adapter each for image and text: 1.05M parameters
 FILES = 8  # of the page cache
-ON_DISK = {"toy": 8, "real": 200}  # clients; 8.4 MB each at real size
+ON_DISK = {"toy": 8, "real": 1000}  # clients; 8.4 MB each at real size
 FEW, MANY = 10, 200  # clients whose peaks are compared
 ROUNDS = 3
 
