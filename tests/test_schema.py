@@ -62,7 +62,14 @@ def test_what_each_sends_and_holds():
 
 def test_who_has_a_model_of_its_own():
     personal = {arm: derived.personal(config.compose([f"arm={arm}"])) for arm in config.options("arm")}
-    assert {arm for arm, own in personal.items() if own} == {"local", "feddat", "feddat_llm", "fedsa_lora", "feddpa"}
+    assert {arm for arm, own in personal.items() if own} == {
+        "local",
+        "feddat",
+        "feddat_weak",
+        "feddat_llm",
+        "fedsa_lora",
+        "feddpa",
+    }
 
 
 # ---- what trains -----------------------------------------------------------------------------------------------------
