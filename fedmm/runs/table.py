@@ -29,21 +29,8 @@ class Column:
 
 def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What a run's own report and the watcher show of these rows."""
-    split = _split(table_of)
     return (
-        Column("arm", lambda row, others: row.label),
-        Column(
-            "global accuracy %",
-            lambda row, others: _percent(row, row.overall().values()),
-            f"on everybody's {split} questions",
-        ),
-        Column(
-            f"own {split} %",
-            lambda row, others: _percent(row, row.own_mean().values()),
-            "each client on its own part, their mean",
-        ),
-        Column("worst client %", lambda row, others: _percent(row, row.over_clients(min).values())),
-        *_group_columns(table_of),
+        *_accuracy_columns(table_of),
         Column("link MB up", lambda row, others: _megabytes(row.moved_bytes(_on_link, [0])), _APART),
         Column("link MB down", lambda row, others: _megabytes(row.moved_bytes(_on_link, [1]))),
         *_stage_columns(table_of)[:1],
@@ -55,7 +42,7 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
     """What a comparison of these rows shows; `asked` as in `against`. Raises ValueError where it is no arm."""
     chosen = against([row.label for row in table_of], asked)
     return (
-        *short_columns(table_of)[: 4 + len(_group_columns(table_of))],
+        *_accuracy_columns(table_of),
         *_budget_columns(table_of),
         Column(
             "spread",
@@ -83,6 +70,26 @@ def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
             "beside as many other runs as there are cores, so no cost of an arm to compare closely",
         ),
         Column("seeds", lambda row, others: str(len(row.by_seed)) if len(row.by_seed) > 1 else f"1 {ONE_SEED}"),
+    )
+
+
+def _accuracy_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """Who the row is of, and how right it is on whose questions."""
+    split = _split(table_of)
+    return (
+        Column("arm", lambda row, others: row.label),
+        Column(
+            "global accuracy %",
+            lambda row, others: _percent(row, row.overall().values()),
+            f"on everybody's {split} questions",
+        ),
+        Column(
+            f"own {split} %",
+            lambda row, others: _percent(row, row.own_mean().values()),
+            "each client on its own part, their mean",
+        ),
+        Column("worst client %", lambda row, others: _percent(row, row.over_clients(min).values())),
+        *_group_columns(table_of),
     )
 
 
