@@ -21,6 +21,7 @@ from pathlib import Path
 from fedmm.types import FedmmError
 
 BENCHES = ("link", "host", "memory", "aggregate", "rounds")  # modules of fedmm.bench
+AGAINST = "what the others are set against: an arm's label (default: FedAvg), or a setting, as fault=none"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         help="records (.jsonl, as compare --into leaves them) or a sweep's folder: what is there is not run again",
     )
     sweep.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one a core")
-    sweep.add_argument("--against", help="the arm that the others are set against, by its label; default: FedAvg")
+    sweep.add_argument("--against", help=AGAINST)
     compare = commands.add_parser("compare", help="one table of several runs")
     compare.add_argument(
         "paths", type=Path, nargs="+", metavar="path", help="a run's or sweep's folder, or a file of records"
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     compare.add_argument(
         "--into", type=Path, help="a markdown file to write the table to; beside it a picture and a file of records"
     )
-    compare.add_argument("--against", help="the arm that the others are set against, by its label; default: FedAvg")
+    compare.add_argument("--against", help=AGAINST)
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
     export.add_argument("folder", type=Path)

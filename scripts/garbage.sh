@@ -8,7 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up
 cd "$root"
 
-fedmm sweep runs/garbage arm=fedavg,median,trimmed_mean,krum fault=none,scaled,flipped,not_finite seed=0,1,2 \
-    partition=iid dataset.vocabulary=english dataset.test=2000 optimizer.lr=3e-3 evaluate.every=0 \
-    evaluate.predictions=false "$@" --against "FedAvg, fault=none"
-[ $# -gt 0 ] || fedmm compare runs/garbage --against "FedAvg, fault=none" --into docs/GARBAGE.md
+calm=(partition=iid dataset.vocabulary=english dataset.test=2000 optimizer.lr=3e-3 seed=0,1,2 evaluate.every=0
+    evaluate.predictions=false "$@")
+fedmm sweep runs/garbage arm=local,centralised "${calm[@]}"
+fedmm sweep runs/garbage arm=fedavg,median,trimmed_mean,krum fault=none,scaled,flipped,not_finite "${calm[@]}" \
+    --against fault=none
+[ $# -gt 0 ] || fedmm compare runs/garbage --against fault=none --into docs/GARBAGE.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import TYPE_CHECKING
 
 import pytest
 from omegaconf import OmegaConf
@@ -11,6 +12,11 @@ from fedmm.aggregate import lowrank
 from fedmm.runs import config, targets
 from fedmm.runs.config import check, compose, load, options
 from fedmm.runs.settings import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fedmm.types import Update
 
 CHOICES = [(group, name) for group in config.groups() for name in options(group)]
 
@@ -75,6 +81,15 @@ def test_a_wrong_yaml_is_named_and_not_composed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
     with pytest.raises(ConfigError, match="In 'experiment/wrong': Could not override 'nothing"):
         load(["experiment=wrong"])
+
+
+def test_an_arm_tells_all_that_it_is_in_its_own_file(tmp_path, monkeypatch):
+    """Else what a compared arm sets could not be told from what was asked for."""
+    shutil.copytree(config.folder(), tmp_path / "conf")
+    (tmp_path / "conf" / "arm" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - feddat\nlabel: mine\n")
+    monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
+    with pytest.raises(ConfigError, match=r"mine.yaml stands on feddat; name in it what that one chooses"):
+        config.arms(compose(["compare=[mine]"]), ["compare=[mine]"])
 
 
 def test_the_options_named_are_those_of_what_was_chosen():
@@ -158,10 +173,16 @@ def folds(current: lowrank.Folded, updates: object, memory: object) -> tuple[obj
     return current, memory
 
 
-def test_a_rule_of_a_site_is_known_by_its_signature(monkeypatch):
+def folds_unread(current: lowrank.Folded, updates: Iterable[Update], memory: object) -> tuple[object, object]:
+    """One whose module imports some of its types for a type checker alone."""
+    return current, memory
+
+
+@pytest.mark.parametrize("rule", [folds, folds_unread])
+def test_a_rule_of_a_site_is_known_by_its_signature(monkeypatch, rule):
     monkeypatch.setenv("FEDMM_ALLOW_TARGETS", f"{__name__}.")
-    (said,) = check(compose(["arm=feddat", "rule=mean", f"rule._target_={__name__}.folds", "~rule.weights"]))
-    assert "rule=folds folds products into the base, on which method.sets" in said
+    (said,) = check(compose(["arm=feddat", "rule=mean", f"rule._target_={__name__}.{rule.__name__}", "~rule.weights"]))
+    assert f"rule={rule.__name__} folds products into the base, on which method.sets" in said
 
 
 def test_a_target_is_looked_at_before_it_is_called():
@@ -260,6 +281,14 @@ def test_compared_arms_keep_what_was_asked_but_their_method():
         (
             ["arm=fedprox", "method.sets=[local]", "method.use=[local]", "method.step.use=[local]"],
             "method.step.near=['shared'] needs shared in method.sets",
+        ),
+        (
+            ["arm=fedprox", *(f"++method.{which}=[local]" for which in ("sets", "use", "step.use", "step.near"))],
+            "method.step.near is held near what the server sent, and method.sets=['local'] has no shared",
+        ),
+        (
+            ["arm=fedprox", "method.sets=[shared,local]", "+method.step.near=[local]"],
+            "method.sets has local, which no branch of method.step trains",
         ),
         (
             ["arm=fednano_ef", "method.sets=[local]", "method.use=[local]", "rule=mean"],

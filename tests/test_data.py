@@ -18,6 +18,8 @@ from PIL import Image
 
 from fedmm.data import glyphs, partition, scenes
 from fedmm.data.long_tail import long_tail, long_tail_counts
+from fedmm.runs import build
+from fedmm.runs.config import load
 from fedmm.types import Example
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -413,6 +415,14 @@ def test_a_client_is_tested_on_what_it_trained_on_where_a_split_lacks_a_value(na
     for held, tested in zip(shares(train).T, 3 * shares(test).T, strict=True):
         assert held.argmax() == tested.argmax()
         assert name == "equal" or np.abs(held - tested).max() < 0.08
+
+
+@pytest.mark.parametrize("asked", ["scenario=dirichlet partition=equal", "scenario=domain", "scenario=dirichlet"])
+def test_a_split_is_dealt_out_where_nobody_trains(asked):
+    """By its own values then."""
+    cfg = load([*asked.split(), "rounds=0", "dataset.train=0", "dataset.test=200", "clients=3"])
+    parts = build.partition(cfg, "test")
+    assert sorted(i for part in parts for i in part) == list(range(200)) and all(parts)
 
 
 def _mix(parts: list[list[int]], examples: list[Example]) -> np.ndarray:

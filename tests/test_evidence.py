@@ -226,3 +226,20 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
     assert evidence.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
     gains = table.by_client(rows).splitlines()
     assert gains[2] == "| domain | FedAvg, edge.rank=4 | +10.0 ¹ |"
+
+
+def test_a_row_is_set_against_itself_with_another_value_of_a_setting(tmp_path):
+    lost = {"none": 0.0, "flipped": 0.1, "scaled": 0.3}
+    ends = [f"{fault}, edge.ranks=[4, 8]" for fault in lost]
+    rows = rows_of([
+        write_arm(tmp_path / f"{label}{end}", f"{label}, fault={end}", 0, {"0": right - loss * times})
+        for end, loss in zip(ends, lost.values(), strict=True)
+        for label, right, times in (("FedAvg", 0.8, 1), ("median", 0.9, 2))
+    ])  # fmt: skip
+    rows += rows_of([write_arm(tmp_path / "local", "local", 0, {"0": 0.5})])
+    for label, times in (("FedAvg", 1), ("median", 2)):
+        shown = [cell(rows, f"{label}, fault={end}", "own - fault=none", "fault=none") for end in ends]
+        assert shown == ["–", f"-{10.0 * times} ¹", f"-{30.0 * times} ¹"]
+    assert cell(rows, "local", "own - fault=none", "fault=none") == "–"
+    with pytest.raises(ValueError, match="'fault=nan' is no arm here"):
+        evidence.against([row.label for row in rows], "fault=nan")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import subprocess
+import sys
 
 import pytest
 from finished import composed_arm, write_arm
@@ -106,6 +109,19 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "runs").glob("*/")} >= {"arm-fedavg", "arm-fedprox"}
     sweep.run(tmp_path, ["arm=fedavg,fedprox,fednano"], None, at_once=1, check=lambda _: None, say=said.append)
     assert said[-2] == "2 of 3 are done already", "more values later find what is there"
+
+
+def test_what_a_killed_sweep_left_running_is_waited_for(tmp_path):
+    """From its first moment, before it has read its command: what holds the log is the process itself."""
+    (job,) = plan.jobs(tmp_path / "runs", ["arm=fedavg"])
+    job.path.mkdir(parents=True)
+    finish = f"import pathlib, time; time.sleep(1); pathlib.Path({str(job.path / 'summary.json')!r}).write_text('{{}}')"
+    with job.log.open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        left = subprocess.Popen([sys.executable, "-c", finish], stdout=log, stderr=subprocess.STDOUT)
+    assert not job.done
+    assert sweep._run_one(job), "the one that was there came to its end, and no other began"
+    assert left.wait() == 0 and job.log.read_text() == ""
 
 
 def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):

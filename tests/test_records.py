@@ -20,6 +20,18 @@ def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
     assert [line.split("`")[1] for line in lines] == ["fedmm compare", "fedmm sweep one", "fedmm sweep two"]
 
 
+def test_a_page_names_the_days_of_its_runs(runs, tmp_path):
+    paths = [
+        write_arm(tmp_path / day, "X", seed, {"0": 0.5}, environment={"started": f"{day}T10:00:00+0000"})
+        for seed, day in enumerate(("2026-11-28", "2026-11-27", "2026-11-29"))
+    ]
+    told = records.load([*runs, *paths])
+    assert records.days(told.runs) == "2026-11-27 to 2026-11-29" and records.days(told.runs[-1:]) == "2026-11-29"
+    page = results.write(tmp_path / "page.md", told, None, "fedmm compare").read_text()
+    assert "\n- Runs of 2026-11-27 to 2026-11-29.\n" in page
+    assert records.days(records.load(runs).runs) == "", "older ones do not tell"
+
+
 def asked_of(*overrides: str) -> dict[str, object]:
     return records.settings_of(config.compose(overrides))
 

@@ -69,7 +69,8 @@ def _forget(files: list[Path]) -> None:
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if advise := getattr(os, "posix_fadvise", None):  # not on macOS
+                advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _memory(folder: RunFolder, width: int, bar: float | None) -> Case:

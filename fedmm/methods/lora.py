@@ -25,7 +25,7 @@ def fedprox(
     use: Sequence[str] = ("shared",),
     near: Sequence[str] = ("shared",),
 ) -> Iterator[Tensor]:
-    """Answer cross-entropy, and the sets `near` held near the received state.
+    """Answer cross-entropy, and the sets `near` held near the received state, which is that of the shared set.
 
         CE + mu / 2 |theta - anchor|^2
 

@@ -72,12 +72,12 @@ def splits(cfg: Config) -> dict[str, Sequence[Example]]:
 
 
 def partition(cfg: Config, split: str) -> list[list[int]]:
-    """Which examples of a split belong to which client; every split follows the same law.
+    """Which examples of a split belong to which client; every split follows the law of the training split, where there
+    is one.
 
     Raises ValueError where the split cannot be divided so.
     """
-    generator, made = seeds.generator(cfg.seed, "partition"), splits(cfg)
-    return make(cfg.partition)(made[split], cfg.clients, generator, trained=made["train"])
+    return _partition(OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.clients, cfg.seed, split)
 
 
 def class_counts(cfg: Config) -> dict[str, int]:
@@ -242,3 +242,10 @@ def _whole(llm_yaml: str) -> Whole:
 @functools.lru_cache(maxsize=4)
 def _splits(dataset_yaml: str) -> dict[str, Sequence[Example]]:
     return make(OmegaConf.create(dataset_yaml))()
+
+
+@functools.lru_cache(maxsize=8)  # of VQAv2 a deal takes seconds
+def _partition(dataset_yaml: str, partition_yaml: str, clients: int, seed: int, split: str) -> list[list[int]]:
+    made, generator = _splits(dataset_yaml), seeds.generator(seed, "partition")
+    deal = make(OmegaConf.create(partition_yaml))
+    return deal(made[split], clients, generator, trained=made.get("train") or None)

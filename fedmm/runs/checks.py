@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -123,7 +124,9 @@ def _method(cfg: Config) -> Iterator[str]:
     if (own := _own_schema(cfg)) and own != (cfg.schema or {}).get("_target_"):
         yield f"method.step has a schema of its own, {own}; leave schema=... out, or choose another method"
     asked = list(_sets_asked(cfg))
-    if idle := set(cfg.method.sets) - {"frozen", *(name for _, sets in asked for name in sets)} if asked else None:
+    branches = {name: sets for name, sets in asked if name != "near"}  # a set that only stays near trains in none
+    trained = {"frozen", *itertools.chain(*branches.values())} if asked else {*cfg.method.sets}
+    if idle := {*cfg.method.sets} - trained:
         yield (
             f"method.sets has {min(idle)}, which no branch of method.step trains; name it in one, or take it out of "
             "method.sets and method.use"
@@ -138,7 +141,11 @@ def _method(cfg: Config) -> Iterator[str]:
             yield f"method.step.{name}={sets} needs {lacking[0]} in method.sets, got {list(cfg.method.sets)}"
         elif set(sets) <= {"frozen"}:
             yield f"method.step.{name}={sets} has nothing that trains; name shared or local"
-    branches = dict(asked)
+    if "near" in dict(asked) and "shared" not in cfg.method.sets:
+        yield (
+            f"method.step.near is held near what the server sent, and method.sets={list(cfg.method.sets)} has no "
+            "shared; name it, or set method=lora"
+        )
     teacher, student = (branches.get(name, []) for name in ("teacher", "student"))
     if both := sorted({*teacher} & {*student} - {"frozen"}):
         yield (

@@ -120,7 +120,12 @@ def key_of(override: str) -> str:
 
 
 def _arm_file(arm: str) -> Any:
-    return OmegaConf.load(folder() / "arm" / f"{arm}.yaml")
+    """What an arm sets and chooses, all of it told in its own file. Raises ConfigError where it stands on another."""
+    path = folder() / "arm" / f"{arm}.yaml"
+    file: Any = OmegaConf.load(path)
+    if others := [choice for choice in file.get("defaults", ()) if isinstance(choice, str) and choice != "_self_"]:
+        raise ConfigError(f"{path} stands on {others[0]}; name in it what that one chooses and sets")
+    return file
 
 
 def _explain(error: Exception, overrides: tuple[str, ...]) -> str:
@@ -184,7 +189,7 @@ def axes(overrides: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def _compared(arm: str, overrides: list[str]) -> list[str]:
     file = _arm_file(arm)
-    chosen = (str(group).removeprefix("override /") for choice in file.defaults for group in choice)
+    chosen = (str(group).removeprefix("override /") for choice in file.get("defaults", ()) for group in choice)
     own = {"arm", "method", "rule", "schema", "label", "compare", *chosen, *dict(leaves("", file))}
     keys = {override: key_of(override) for override in overrides}
     of_stages = [o for o, key in keys.items() if "." in key and key.split(".")[0] in STAGES and key not in own]

@@ -183,26 +183,45 @@ def differences(row: Row, other: Row) -> dict[int, dict[str, float]]:
 
 
 def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
-    """The row of that label on the same data; of a sweep over settings the one with the same values of them."""
-    _, settings = named(row.label)
+    """The row of that label on the same data; of a sweep over settings the one with the same values of them. Where a
+    setting is named, as `fault=none`, the row that differs in it alone."""
+    name, settings = named(row.label)
+    if _is_setting(label):
+        key = label.partition("=")[0]
+        parts = [label if part.partition("=")[0] == key else part for part in _parts(settings)]
+        return None if label not in parts else _of_same_data(row, others.get(", ".join([name, *parts])))
     ends = [settings[i:] for i in range(len(settings)) if settings.startswith(", ", i)]
     found = next((others[label + end] for end in ends if label + end in others), others.get(label))
-    elsewhere = found is not None and row.settings and found.scored_on != row.scored_on
-    return None if found is row or elsewhere else found
+    return _of_same_data(row, found)
+
+
+def _of_same_data(row: Row, other: Row | None) -> Row | None:
+    elsewhere = other is not None and row.settings and other.scored_on != row.scored_on
+    return None if other is row or elsewhere else other
 
 
 def against(labels: Sequence[str], asked: str | None) -> str:
-    """The label to set others against: what was asked, or FedAvg, or the first. Raises ValueError where it is none, or
-    there are no arms."""
+    """The label to set others against, or the value of a setting that a sweep gave several: what was asked, or FedAvg,
+    or the first. Raises ValueError where it is none, or there are no arms."""
     labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
     if not labels:
         raise ValueError("there is no finished run to compare")
     wanted = asked or FEDAVG
-    if any(wanted in (label, named(label)[0]) for label in labels):
+    if any(wanted in (label, named(label)[0], *_parts(named(label)[1])) for label in labels):
         return wanted
     if asked:
         raise ValueError(f"--against {asked!r} is no arm here; there are {', '.join(map(repr, labels))}")
     return labels[0]
+
+
+def _is_setting(label: str) -> bool:
+    """Whether it is `fault=none`, and no arm's label."""
+    return named(f", {label}")[0] == ""
+
+
+def _parts(settings: str) -> list[str]:
+    """`, fault=none, edge.rank=4`, as a label ends, one by one."""
+    return [part for part in re.split(r", (?=[\w.@/]+=)", settings) if part]
 
 
 def named(label: str) -> tuple[str, str]:

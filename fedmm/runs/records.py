@@ -9,8 +9,8 @@ their own runs with it, and a sweep does not repeat what is in it. It is jsonl, 
                                                                                  a search
     {"command": ..., "when": ...}                                                what made some of them
 
-Settings are by path, as in `optimizer.lr`. They know a run again, not the code that made it: a record of another
-version of this package is as good as its changelog says.
+Settings are by path, as in `optimizer.lr`. They know a run again, not the code that made it, of which its summary tells
+the day and the packages: a record of another version of this one is as good as its changelog says.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ class Run:
     def place(self) -> tuple[str, str, int]:
         """Where it stands in a table: its data, its label, its seed. A table has one run for each."""
         return self.summary["data"], self.summary["label"], self.seed
+
+
+def days(runs: Iterable[Run]) -> str:
+    """The first and the last day on which some of these began; empty where none tells, as older ones do not."""
+    told = sorted(run.summary["environment"]["started"][:10] for run in runs if "environment" in run.summary)
+    return " to ".join(dict.fromkeys([told[0], told[-1]])) if told else ""
 
 
 @dataclass(frozen=True)

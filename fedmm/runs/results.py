@@ -29,10 +29,12 @@ def write(into: Path, made_of: Records, against: str | None, command: str, *, an
     shown = table.columns(against, rows)
     home.write(picture, plots.png(plots.comparison(rows)))
     records.save(kept, made_of)
-    made = {command: records.now()} | dict(made_of.commands)
+    made = [f"- `{asked}`, {when}." for asked, when in ({command: records.now()} | dict(made_of.commands)).items()]
+    if days := records.days(made_of.runs):
+        made.append(f"- Runs of {days}.")
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
-        "\n".join(f"- `{asked}`, {when}." for asked, when in made.items()),
+        "\n".join(made),
         f"{table.reading(shown)} What each run was asked and its figures by client: [{kept.name}]({kept.name}).",
         table.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",

@@ -84,6 +84,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
     scorers = {row["client"] for row in read_rows(folder / "scores.jsonl") if row["round"] == cfg.rounds}
     nothing: dict[str, Any] = {"global": None, "own": {}}
     zero_shot, final = ({**scored.get(round, nothing), **_groups(folder, cfg, round)} for round in (0, cfg.rounds))
+    environment = json.loads((folder / "environment.json").read_text())
     summary = {
         "data": cfg.data,
         "label": cfg.label,
@@ -103,6 +104,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "unscored": [client for client in _scorers(cfg) if client not in scorers],
         "product_error": _product_error(rounds),
         "state": rounds[-1]["state"] if rounds else None,
+        "environment": {key: value for key, value in environment.items() if key != "run"},
     }
     home.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary

@@ -18,6 +18,7 @@ other runs are made, and those of the former stay in their folders, out of the f
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
@@ -134,7 +135,8 @@ def _known_runs(known: Records, asked: Sequence[Job], say: Callable[[str], None]
                     f"{job.name} is known with {key}={run.settings.get(key)!r}, and not with {wanted.get(key)!r}"
                 )
     if known.runs:
-        say(f"{len(found)} of {len(asked)} are known" + (f"; {odd[0]}" if odd else ""))
+        of = f", of {days}" if (days := records.days(found.values())) else ""
+        say(f"{len(found)} of {len(asked)} are known{of}" + (f"; {odd[0]}" if odd else ""))
     return found
 
 
@@ -221,14 +223,18 @@ def _run_all(
 
 
 def _run_one(job: Job) -> bool:
-    """Run a job in a process of its own; whether it came to its end."""
-    with alone(job.path, wait=True):  # a sweep that was killed may have left it running
-        if job.done:
-            return True
+    """Run a job in a process of its own; whether it came to its end.
+
+    The process holds its log from its first moment to its last: one that a killed sweep left running is waited for.
+    """
     command = [sys.executable, "-m", "fedmm.cli", "run", *job.overrides, "run.at_once=1"]
     # Threads that spin while they wait hold up other runs: with two of two threads each, steps took 3.6 times as long.
     env = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        if job.done:
+            return True
         ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
     return ended.returncode == 0 and job.done
 

@@ -145,8 +145,8 @@ def _product_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         Column(
             "product error %",
             lambda row, others: _percent(row, row.product_error().values()),
-            "of the adapters' merged products B A against the mean of the clients', relative to that, over rounds; "
-            "none where clients keep one of the two to themselves, or are too many for it",
+            "of the adapters' merged products B A against the mean of the clients', without those that send garbage, "
+            "relative to it, over rounds; none where clients keep one of the two to themselves, or are too many for it",
         ),
     )
 

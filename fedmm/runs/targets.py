@@ -6,9 +6,11 @@ FEDMM_ALLOW_TARGETS adds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
+import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -98,11 +100,14 @@ def mistakes(path: str, node: DictConfig) -> Iterator[str]:
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of its arguments, with what `Annotated` says of them."""
-    try:
-        return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    except NameError:  # names for the type checker only: values are then not held against types
-        return {}
+    """The types of its arguments, with what `Annotated` says of them; not of one whose type only a checker can name."""
+    plain: Any = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    found: dict[str, Any] = {}
+    for name, hint in getattr(plain, "__annotations__", {}).items():
+        one = types.SimpleNamespace(__annotations__={name: hint})
+        with contextlib.suppress(NameError):  # imported under TYPE_CHECKING
+            found |= typing.get_type_hints(one, getattr(plain, "__globals__", {}), include_extras=True)
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:
