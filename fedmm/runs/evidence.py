@@ -22,6 +22,7 @@ from fedmm.runs.records import Run, apart, differing
 LOCAL = "local"  # the label of the arm that tells whether joining pays
 FEDAVG = "FedAvg"
 STARTS = ("zero-shot", "untrained")  # what the state before the first round is called: of an LLM, of a classifier
+_KEY = r"[\w.@/]+"  # of a setting
 _DATA = ("dataset.", "partition.", "clients.", "evaluate.split.")
 
 
@@ -132,9 +133,9 @@ def _start(data: str, arms: Sequence[Row]) -> Row | None:
 
 def _on_one_footing(arms: Sequence[Row]) -> None:
     """Raises ValueError where arms stand under one kind of data, and their labels do not tell that the data differ."""
-    first: dict[tuple[str, str], Row] = {}
+    first: dict[tuple[str, ...], Row] = {}
     for row in arms:
-        other = first.setdefault((row.data, named(row.label)[1]), row)
+        other = first.setdefault((row.data, *named(row.label)[1:]), row)
         mine, theirs = row.scored_on, other.scored_on
         if differ := differing(theirs, mine):
             key = differ[0]
@@ -185,19 +186,15 @@ def differences(row: Row, other: Row) -> dict[int, dict[str, float]]:
 def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
     """The row of that label on the same data; of a sweep over settings the one with the same values of them. Where a
     setting is named, as `fault=none`, the row that differs in it alone."""
-    name, settings = named(row.label)
-    if _is_setting(label):
-        key = label.partition("=")[0]
-        parts = [label if part.partition("=")[0] == key else part for part in _parts(settings)]
-        return None if label not in parts else _of_same_data(row, others.get(", ".join([name, *parts])))
-    ends = [settings[i:] for i in range(len(settings)) if settings.startswith(", ", i)]
-    found = next((others[label + end] for end in ends if label + end in others), others.get(label))
-    return _of_same_data(row, found)
-
-
-def _of_same_data(row: Row, other: Row | None) -> Row | None:
-    elsewhere = other is not None and row.settings and other.scored_on != row.scored_on
-    return None if other is row or elsewhere else other
+    name, *settings = named(row.label)
+    key, is_setting, _ = label.partition("=")
+    if is_setting and re.fullmatch(_KEY, key):
+        wanted = [[name, *(label if part.startswith(f"{key}=") else part for part in settings)]]
+    else:
+        wanted = [[label, *settings[i:]] for i in range(len(settings) + 1)]
+    found = next((others[other] for parts in wanted if (other := ", ".join(parts)) in others), None)
+    elsewhere = found is not None and row.settings and found.scored_on != row.scored_on
+    return None if found is row or elsewhere else found
 
 
 def against(labels: Sequence[str], asked: str | None) -> str:
@@ -207,24 +204,13 @@ def against(labels: Sequence[str], asked: str | None) -> str:
     if not labels:
         raise ValueError("there is no finished run to compare")
     wanted = asked or FEDAVG
-    if any(wanted in (label, named(label)[0], *_parts(named(label)[1])) for label in labels):
+    if any(wanted in (label, *named(label)) for label in labels):
         return wanted
     if asked:
         raise ValueError(f"--against {asked!r} is no arm here; there are {', '.join(map(repr, labels))}")
     return labels[0]
 
 
-def _is_setting(label: str) -> bool:
-    """Whether it is `fault=none`, and no arm's label."""
-    return named(f", {label}")[0] == ""
-
-
-def _parts(settings: str) -> list[str]:
-    """`, fault=none, edge.rank=4`, as a label ends, one by one."""
-    return [part for part in re.split(r", (?=[\w.@/]+=)", settings) if part]
-
-
-def named(label: str) -> tuple[str, str]:
-    """A label's name, and what a sweep put after it: `FedAvg, pretrained` and `, edge.rank=4`."""
-    found = re.fullmatch(r"(.*?)((?:, [\w.@/]+=.*)?)", label)
-    return (found[1], found[2]) if found else (label, "")
+def named(label: str) -> list[str]:
+    """A label's name, and the settings that a sweep put after it: `FedAvg, pretrained`, `fault=none`, `edge.rank=4`."""
+    return re.split(rf", (?={_KEY}=)", label)
