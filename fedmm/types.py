@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,11 @@ IGNORE = -100
 
 IMAGE_PLACE = "<image>"
 """Where a further image stands in a question; the first one's place is in the prompt."""
+
+
+READ_PATH = "is read from this machine's disk"
+ReadPath = Annotated[str, READ_PATH]
+"""Names a file or folder to read. An order may set a parameter of this type only to what lies below the site's root."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fedmm.data.views import Rows, Some
-from fedmm.types import IMAGE_PLACE, Example
+from fedmm.types import IMAGE_PLACE, Example, ReadPath
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def classification(
     *,
-    path: str,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
+    path: ReadPath,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
     name: str | None = None,  # of the dataset's configuration, where it has several
     image: str = "img",  # the columns
     label: str = "label",
@@ -36,7 +36,7 @@ def classification(
     question: str = "what is in the image ?",
     public: int = 0,  # images of each class held out of train as open data
     validation: int = 0,  # images of each class held out of train, where the dataset has no such split
-    ids: Mapping[str, str] | None = None,  # our split's name to a file of the images it has: lines `path label`
+    ids: Mapping[str, ReadPath] | None = None,  # our split's name to a file of the images it has: lines `path label`
     seed: int = 0,  # of what is held out
 ) -> dict[str, Sequence[Example]]:
     """The splits of a dataset, with `public` (which may be empty) beside them.
@@ -74,7 +74,7 @@ def classification(
 
 def questions(
     *,
-    path: str,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
+    path: ReadPath,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder
     name: str | None = None,  # of the dataset's configuration, where it has several
     images: Sequence[str] = ("image",),  # the columns, in the order in which the question speaks of them
     question: str = "question",

@@ -130,7 +130,7 @@ def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
         return Encoder(compact, layer=0, drop_first=False)
     config = _config(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
-    tower = AutoModel.from_config(config.vision_config, dtype=torch.float32)
+    tower = AutoModel.from_config(config.vision_config, dtype=torch.float32, trust_remote_code=False)
     _load(tower, "encoder", parts)
     drop_first = config.vision_feature_select_strategy == "default"
     return Encoder(tower, layer=config.vision_feature_layer, drop_first=drop_first)
@@ -193,10 +193,28 @@ def _from_files(auto: Any, parts: Mapping[str, torch.Tensor]) -> Any:
     names = [name.removeprefix("file/") for name in parts if name.startswith("file/")]
     if bad := [name for name in names if Path(name).name != name or Path(name).suffix not in _FILES]:
         raise ValueError(f"the host sent files that are no processor's: {bad}")
+    for name in names:
+        if name.endswith(".json") and (odd := _code_named(json.loads(parts[f"file/{name}"].numpy().tobytes()))):
+            raise ValueError(
+                f"the host's {name} names code to load, {odd}; a client runs the library's own classes alone"
+            )
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             (Path(folder) / name).write_bytes(parts[f"file/{name}"].numpy().tobytes())
-        return auto.from_pretrained(folder)
+        return auto.from_pretrained(folder, trust_remote_code=False)
+
+
+def _code_named(value: Any) -> str | None:
+    """What of a file's values would have transformers load code that the file names, as `auto_map` or an attention
+    kernel of a hub do; None where there is nothing."""
+    if isinstance(value, list):
+        return next(filter(None, map(_code_named, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for key, inner in value.items():
+        if "auto_map" in key or ("_implementation" in key and "/" in str(inner)):
+            return f"{key}={inner}"[:200]
+    return _code_named(list(value.values()))
 
 
 def _load(module: nn.Module, part: str, parts: Mapping[str, torch.Tensor]) -> None:

@@ -83,7 +83,8 @@ def prepare(
         return []
     place = re.escape(tokenizer.convert_ids_to_tokens(processor.placeholder))
     plain = re.sub(rf"{place}\s*", "", prompt)
-    asked = [(prompt if count else plain).format(question=example.question) for example, count, _ in seen]
+    # a template is the host's: `str.format` would let it ask for attributes, or for a gigabyte of padding
+    asked = [(prompt if count else plain).replace("{question}", example.question) for example, count, _ in seen]
     prompts = tokenizer(asked)["input_ids"]
     answers = tokenizer([example.answer for example, _, _ in seen], add_special_tokens=False)["input_ids"]
     items = []

@@ -19,6 +19,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # private; a test tells when it moves
 
 from fedmm.flower import client_app, server_app
+from fedmm.flower.client_app import IN_PROCESS
+from fedmm.runs.reasons import Lost
 from fedmm.types import FedmmError
 
 CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -36,7 +38,9 @@ class InProcessGrid(Grid):
 
     def __init__(self, clients: int, at_once: int = 1) -> None:
         self._contexts = {
-            node: Context(1, node, {"partition-id": node - 1, "num-partitions": clients}, RecordDict(), {})
+            node: Context(
+                1, node, {"partition-id": node - 1, "num-partitions": clients, IN_PROCESS: True}, RecordDict(), {}
+            )
             for node in range(1, clients + 1)
         }
         self._worker = ThreadPoolExecutor(at_once, thread_name_prefix="fedmm-client")
@@ -89,6 +93,7 @@ class InProcessGrid(Grid):
         try:
             return client_app.app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:  # as Flower does: the run learns the reason and goes on without this client
-            if not isinstance(error, (ValueError, FedmmError)):  # these say all there is to know
+            cause = error.__cause__ if isinstance(error, Lost) and error.__cause__ else error
+            if not isinstance(cause, (ValueError, FedmmError)):  # these say all there is to know
                 traceback.print_exc()
-            return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+            return Message(Error(CLIENT_RAISED, f"{type(cause).__name__}: {error}"), reply_to=message)

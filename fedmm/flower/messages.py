@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_type_hints
 
+from beartype.door import is_bearable
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedmm.evaluate.answers import Answer
 from fedmm.llm.tls import Identity
 from fedmm.runs.client import Order, Report
+from fedmm.runs.reasons import Lost, told
 
-_RECORD = "fedmm"
+_RECORD, _LOST = "fedmm", "lost"
 
 
 def ask_who(node: int) -> Message:
@@ -37,10 +39,34 @@ def send_order(order: Order, node: int) -> Message:
 
 
 def read_order(message: Message) -> Order:
+    """Raises ValueError, KeyError or TypeError where it is no order: it comes over the network."""
     record: dict[str, Any] = dict(message.content.config_records[_RECORD])
     shown = json.loads(record["identity"])
     identity = Identity(**shown) if shown else None
-    return Order(**{**record, "overrides": tuple(record["overrides"]), "identity": identity})
+    order = Order(**{**record, "overrides": tuple(record["overrides"]), "identity": identity})
+    hints = get_type_hints(Order) | get_type_hints(Identity)
+    for values in (vars(order), vars(identity) if identity else {}):
+        if wrong := [name for name, value in values.items() if not is_bearable(value, hints[name])]:
+            raise ValueError(f"{wrong[0]} of the order must be {hints[wrong[0]]}, got {str(values[wrong[0]])[:100]!r}")
+    return order
+
+
+def send_lost(lost: Lost, message: Message) -> Message:
+    """Why a client cannot do its part: a reason of the closed list and a count."""
+    return Message(
+        RecordDict({_LOST: ConfigRecord({"reason": lost.reason.value, "count": lost.count})}), reply_to=message
+    )
+
+
+def read_lost(reply: Message) -> str | None:
+    """The reason in the server's words; None where the reply is none of these. Raises ValueError where it is odd."""
+    record = reply.content.config_records.get(_LOST)
+    if record is None:
+        return None
+    reason, count = record.get("reason"), record.get("count")
+    if not isinstance(reason, str) or not isinstance(count, int):
+        raise ValueError("a client's reason is a text and a count")
+    return told(reason, count)
 
 
 def send_report(report: Report, message: Message) -> Message:

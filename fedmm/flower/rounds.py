@@ -65,6 +65,10 @@ def find_clients(grid: Grid, clients: int, wait_seconds: float) -> dict[int, int
                 log.warning("a node does not know which client it is: %s", reply.error.reason)
                 asked.discard(node)  # it may be mended
                 continue
+            if reason := messages.read_lost(reply):
+                log.warning("a node does not know which client it is: %s", reason)
+                asked.discard(node)
+                continue
             client = messages.read_who(reply)
             if found.setdefault(client, node) != node:
                 raise FedmmError(f"two nodes say they are client {client}; give each its own partition-id")
@@ -315,6 +319,8 @@ class _Arm:
         if reply.has_error():
             return reply.error.reason or f"error {reply.error.code}"
         try:
+            if reason := messages.read_lost(reply):
+                return reason
             report = messages.read_report(reply)
             bad = report.fault(order, self.cfg)
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:

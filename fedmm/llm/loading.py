@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedmm.llm.packing import unpack
+from fedmm.types import ReadPath
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, ProcessorMixin
@@ -32,7 +33,7 @@ class Backbone:
 
 def llava(
     *,
-    path: str,
+    path: ReadPath,
     prompt: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     load_in: Literal["4bit", "8bit"] | None = None,

@@ -39,6 +39,7 @@ from fedmm.runs.build import (
 )
 from fedmm.runs.config import load
 from fedmm.runs.derived import at_client, kept, scale
+from fedmm.runs.reasons import Lost, Reason, because
 from fedmm.runs.settings import Config
 from fedmm.runs.targets import make
 from fedmm.train import train
@@ -96,31 +97,37 @@ def scored_parts(cfg: Config, order: Order) -> list[int]:
 
 
 def take_part(order: Order) -> Report:
-    """Do what `order` asks. Raises ConfigError, ValueError or FedmmError with the reason where it cannot."""
+    """Do what `order` asks. Raises Lost where it cannot; what may leave of that is the reason and the count alone."""
     began = time.perf_counter()
-    cfg = load(order.overrides)
+    with because(Reason.SETTINGS):
+        cfg = load(order.overrides)
     torch.set_num_threads(cfg.threads)
-    with Session(
-        order.address,
-        client=order.client,
-        round=order.round,
-        token=order.token,
-        identity=order.identity,
-        deadline_seconds=cfg.link.deadline_seconds,
-        frame_limit_bytes=cfg.link.frame_limit_mb << 20,
-    ) as session:
+    with (
+        because(Reason.TRAINING),
+        Session(
+            order.address,
+            client=order.client,
+            round=order.round,
+            token=order.token,
+            identity=order.identity,
+            deadline_seconds=cfg.link.deadline_seconds,
+            frame_limit_bytes=cfg.link.frame_limit_mb << 20,
+        ) as session,
+    ):
         card = dict(session.call("card").meta)
-        built = _built(cfg, card, order.client, session)
+        with because(Reason.BACKBONE):
+            built = _built(cfg, card, order.client, session)
         model, edge, encoder = built.model, built.model.edge, built.encoder
         arrived = dict(session.call("state").tensors)
         _load_sets(cfg, edge, order, arrived)
         own = held_parts(cfg, order.client)
         read = functools.partial(_items, cfg, built)
-        tests = {part: read(cfg.evaluate.split, part) for part in scored_parts(cfg, order)} if order.score else {}
-        items = [item for part in own for item in read("train", part)] if order.train else []
-        ready = time.perf_counter()
-        if encoder:
-            encoder.fill([*items, *itertools.chain.from_iterable(tests.values())])
+        with because(Reason.DATA):
+            tests = {part: read(cfg.evaluate.split, part) for part in scored_parts(cfg, order)} if order.score else {}
+            items = [item for part in own for item in read("train", part)] if order.train else []
+            ready = time.perf_counter()
+            if encoder:
+                encoder.fill([*items, *itertools.chain.from_iterable(tests.values())])
         encoded = time.perf_counter()
 
         scores: dict[int, tuple[int, int]] = {}
@@ -208,9 +215,10 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
         return {}
     kept = home.load_kept(order.run, order.client, order.kept_round)
     if kept is None:
-        raise ValueError(
+        raise Lost(
+            Reason.KEPT,
             f"client {order.client}'s local adapters of round {order.kept_round} are not under {home.home()}; "
-            "point FEDMM_HOME to the folder they were kept in, or start a new run"
+            "point FEDMM_HOME to the folder they were kept in, or start a new run",
         )
     return kept
 

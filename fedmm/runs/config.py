@@ -13,7 +13,6 @@ import shlex
 import threading
 import typing
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -24,18 +23,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedmm.runs import checks
+from fedmm.runs import checks, targets
 from fedmm.runs.settings import PLACES, Config, ConfigError
+from fedmm.runs.targets import folder
 
 STAGES = ("captions", "pretrain", "align")  # groups of what the server does beside the rounds
+_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.]*\}")  # to another setting; one with a colon calls a resolver
+_KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w.\[\]]*")
 _GLOBAL_HYDRA = threading.Lock()  # hydra composes in a process-wide singleton
 ConfigStore.instance().store(name="types", node=Config)
-
-
-def folder() -> Path:
-    """Where the yaml files are: beside the package in a checkout and in a Flower bundle, inside it in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def options(group: str) -> list[str]:
@@ -80,11 +76,27 @@ def check(cfg: Config) -> Iterator[str]:
 
 
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
-    return _composed(overrides, os.environ.get("FEDMM_DATA"))  # the one variable a yaml file reads
+    if refused := list(_refused(overrides)):
+        raise ConfigError("\n".join(refused))
+    # the one variable that a yaml file reads, and the one that adds to what it may name
+    return _composed(overrides, os.environ.get("FEDMM_DATA"), os.environ.get("FEDMM_ALLOW_TARGETS"))
+
+
+def _refused(overrides: tuple[str, ...]) -> Iterator[str]:
+    """The overrides that Hydra must not see, one line each: they come from another machine, and Hydra would read
+    environment variables, files and folders for them."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if "$" in _REFERENCE.sub("", override):
+            yield f"{override}: an override may refer to another setting, as ${{seed}}, and hold no other $"
+        if not _KEY.fullmatch(key) or key_of(override).split(".")[0] == "hydra":
+            yield f"{override}: an override sets a group or a setting by its path, as rule=mean or optimizer.lr=0.01"
+        elif (group := key_of(override)) in groups() and re.search(r"[/\\]|\.\.", value):
+            yield f"{override}: {group} is chosen by name; available options: {', '.join(options(group))}"
 
 
 @functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
-def _composed(overrides: tuple[str, ...], _data: str | None) -> DictConfig:
+def _composed(overrides: tuple[str, ...], _data: str | None, _targets: str | None) -> DictConfig:
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
             whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
@@ -101,6 +113,8 @@ def _composed(overrides: tuple[str, ...], _data: str | None) -> DictConfig:
             typed = OmegaConf.merge(OmegaConf.structured(Config), cfg)  # what an interpolation gave has its type too
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
+    if unlisted := list(targets.unlisted(typing.cast(DictConfig, typed))):
+        raise ConfigError("\n".join(unlisted))
     OmegaConf.set_readonly(typed, True)
     return typing.cast(DictConfig, typed)
 

@@ -1,18 +1,22 @@
 """Nodes that name a target: which may be named, whether their arguments are there and of their types, and making them.
 
-What arrives over the network may name only targets inside `fedmm.` and `torch.optim.`, and what this machine's
-FEDMM_ALLOW_TARGETS adds.
+A target is a function's name, and a run calls it. So a configuration may name only what a file of `conf/` names at the
+same place (`rule`, `method.step`, `dataset.of.*`), and what this machine's FEDMM_ALLOW_TARGETS adds to those places.
+This is checked before anything is imported. A rule such as "inside fedmm" is too wide: fedmm has functions that write
+files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from beartype.door import is_bearable
@@ -21,8 +25,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fedmm.runs.settings import Config, ConfigError
+from fedmm.types import READ_PATH
 
-ALLOWED_TARGETS = ("fedmm.", "torch.optim.")
+
+def folder() -> Path:
+    """Where the yaml files are: beside the package in a checkout and in a Flower bundle, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def make(node: Any, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +41,8 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
     for path, inner in _walk("", node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        locate(str(inner["_target_"]))
+        if not _admitted(str(inner["_target_"]), frozenset().union(*_listed().values())):
+            raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
         return instantiate(node, *args, _convert_="all", **kwargs)
     except InstantiationException as error:  # hydra's wrapping hides what the target said
@@ -44,33 +54,88 @@ def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
     yield from _walk("", typing.cast(DictConfig, cfg))
 
 
-def _walk(path: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
+def unlisted(cfg: DictConfig) -> Iterator[str]:
+    """Every target that may not stand where it does, one line each. Imports nothing."""
+    for place, node in _walk("", cfg, _place):
+        target, listed = str(node["_target_"]), _listed().get(place, frozenset())
+        if not listed:
+            yield f"{place} may name no _target_, got {target}; a file of conf/ that names one there allows it"
+        elif not _admitted(target, listed):
+            yield (
+                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(listed))} there, and "
+                "FEDMM_ALLOW_TARGETS adds to them"
+            )
+
+
+def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What these groups read from this machine's disk: each setting that names such a path, with its value, but for
+    the values that a file of `conf/` has at the same place (public datasets by name)."""
+    whole = typing.cast(DictConfig, cfg)
+    for (path, node), (place, _) in zip(_walk("", whole), _walk("", whole, _place), strict=True):
+        if path.split(".")[0] in groups:
+            hints = hints_of(locate(str(node["_target_"])))
+            for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
+                values = node[name].values() if isinstance(node[name], DictConfig) else [node[name]]
+                known = _values().get(f"{place}.{name}", frozenset())
+                yield from ((f"{path}.{name}", str(v)) for v in values if v is not None and str(v) not in known)
+
+
+@functools.cache
+def _listed() -> dict[str, frozenset[str]]:
+    """The targets that the files of `conf/` name, by place."""
+    return {place[: -len("._target_")]: named for place, named in _values().items() if place.endswith("._target_")}
+
+
+@functools.cache
+def _values() -> dict[str, frozenset[str]]:
+    """What the files of `conf/` set in nodes that name a target, by place; an interpolation is no value."""
+    found: dict[str, frozenset[str]] = {}
+    for path in sorted(folder().glob("*/*.yaml")):
+        text = path.read_text()
+        file = OmegaConf.create(text.replace("${", "$<"))  # a file by itself has nothing that it could refer to
+        prefix = "" if text.startswith("# @package _global_") else path.parent.name
+        for place, node in _walk(prefix, file, _place):
+            for name, value in node.items():
+                found[f"{place}.{name!s}"] = found.get(f"{place}.{name!s}", frozenset()) | {str(value)}
+    return found
+
+
+def _admitted(target: str, listed: frozenset[str]) -> bool:
+    """Whether a target may be named where `conf/` names those `listed`. An entry of FEDMM_ALLOW_TARGETS is a whole
+    name, or everything below a package where it ends in a dot."""
+    own = filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(","))
+    return target in listed or any(target.startswith(name) if name.endswith(".") else target == name for name in own)
+
+
+def _walk(
+    path: str, node: Any, step: Callable[[str, Any, str], str] = lambda path, node, key: f"{path}.{key}"
+) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, ListConfig) and not node._is_none():
         for i, inner in enumerate(node):
-            yield from _walk(f"{path}[{i}]", inner)
+            yield from _walk(f"{path}[{i}]", inner, step)
     if not isinstance(node, DictConfig) or node._is_none():
         return
     if "_target_" in node:
         yield path, node
     for key in node:
-        yield from _walk(f"{path}.{key!s}".lstrip("."), node[key])
+        yield from _walk(step(path, node, str(key)).lstrip("."), node[key], step)
+
+
+def _place(path: str, node: DictConfig, key: str) -> str:
+    """Where a value of `node` stands. In a mapping of nodes by name (`dataset.of`) the name is free."""
+    free = path and "_target_" not in node and all(isinstance(v, DictConfig) and "_target_" in v for v in node.values())
+    return f"{path}.{'*' if free else key}"
 
 
 def locate(target: str) -> Callable[..., Any]:
-    """The function or class that a target names: one that is at home in an allowed package, or a site's own."""
-    own = tuple(filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(",")))
-    allowed = (*ALLOWED_TARGETS, *own)
-    if not target.startswith(allowed):
-        raise ConfigError(f"_target_={target} is outside {', '.join(allowed)}; FEDMM_ALLOW_TARGETS adds to them")
+    """The function or class that a target names. Raises ConfigError where there is none."""
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"_target_={target} does not exist: {error}") from error
     if not callable(found):
         raise ConfigError(f"_target_={target} is a {type(found).__name__}, wanted a function")
-    if not (own and target.startswith(own)) and not str(found.__module__).startswith(ALLOWED_TARGETS):
-        raise ConfigError(f"_target_={target} is only imported there, from {found.__module__}, which is outside")
     return typing.cast(Callable[..., Any], found)
 
 

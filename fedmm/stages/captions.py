@@ -25,7 +25,7 @@ from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
 from fedmm.stages.kept import fingerprint, mend, reads
-from fedmm.types import IMAGE_PLACE, Example
+from fedmm.types import IMAGE_PLACE, Example, ReadPath
 
 NOTED_CHUNKS = 20
 OWN_QUESTION = "{question}"
@@ -199,7 +199,7 @@ def hub(
     processor: Processor,
     prompt: str,
     *,
-    path: str,
+    path: ReadPath,
     template: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     device: str = "auto",
@@ -254,7 +254,7 @@ def prepared_files(folder: str) -> list[Path]:
     )
 
 
-def prepared(model: Model, processor: Processor, prompt: str, *, folder: str) -> Writer:
+def prepared(model: Model, processor: Processor, prompt: str, *, folder: ReadPath) -> Writer:
     """Texts made elsewhere, by a commercial model or by people: every *.jsonl of a folder, with lines of
 
         {"image": <its content hash, or the example's id>, "prompt": <as it is asked>, "text": <what was written>}
