@@ -73,7 +73,7 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
     top = folders[0]
     try:
         top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
-        nodes = find_clients(grid, arms[0].cfg.clients, arms[0].cfg.run.wait_seconds)
+        nodes = find_clients(grid, arms[0].cfg.run, arms[0].cfg.clients, top.event)
         with closing(_feature_store(arms[0].cfg, top.path)) as store:
             for arm, folder in zip(arms, folders, strict=True):
                 run_arm(grid, nodes, arm.cfg, arm.overrides, held, folder, store)
