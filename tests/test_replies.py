@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import rounds, run
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedmm.evaluate.answers import Answer
-from fedmm.flower import client_app, inprocess, messages
-from fedmm.runs import client as client_side
-from fedmm.runs import summary
+from fedmm.flower import client_app
 from fedmm.runs.folder import read_rows
 
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedmm.evaluate.answers import Answer
 from fedmm.llm.tls import Identity
@@ -81,8 +81,20 @@ def read_report(reply: Message, limit_bytes: int) -> Report:
 
 
 def size_bytes(message: Message) -> int:
-    """The bytes of a message's records as Flower counts them; its envelope is not in it."""
-    return sum(record.count_bytes() for record in message.content.values()) if message.has_content() else 0
+    """The bytes of a message's records, numbers as 8; its envelope is not in it.
+
+    Flower's own `count_bytes` raises for an empty text or list, and a client may send either.
+    """
+    records = message.content.values() if message.has_content() else ()
+    return sum(_size(name) + _size(value) for record in records for name, value in record.items())
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    return len(value) if isinstance(value, bytes) else len(value.data) if isinstance(value, Array) else 8
 
 
 def _columns(types: Mapping[str, type], rows: Sequence[tuple[Any, ...]]) -> ConfigRecord:

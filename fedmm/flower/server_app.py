@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.runs.settings import Config
 from fedmm.runs.stages import check_stages
 from fedmm.store import Store
+from fedmm.types import FedmmError
 
 app = ServerApp()
 
@@ -81,7 +82,8 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
         top.event("finished", report=str(top.path / "report.html"))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
+        with suppress(FedmmError):  # of a full disk: `error` says so already, and this one would hide it
+            top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
         raise
     return top.path
 
