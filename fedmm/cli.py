@@ -156,7 +156,7 @@ def _compare(args: argparse.Namespace, typed: str) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
+    except (FedmmError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -170,6 +170,9 @@ def _export(run: Path, into: Path) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
+    except FedmmError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"{into}: the backbone with the adapters of round {round} folded in")
     return 0
 

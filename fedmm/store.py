@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedmm.disk import make_folder, opened
+
 log = logging.getLogger("fedmm.store")
 V = TypeVar("V")
 
@@ -51,7 +53,7 @@ class Store:
     ) -> None:
         """`folder` is the store's own: its oldest files get deleted. `knobs` are what an error says to raise."""
         self._memory: _Tier[Tensor] = _Tier(memory_bytes)
-        self._disk = _Disk(folder or Path(), disk_bytes if folder else 0)
+        self._disk = _Disk(folder or Path(), disk_bytes if folder else 0, knobs)
         self._ephemeral = ephemeral
         self._knobs = knobs
         self._lock = threading.Lock()  # held over reads from disk too: they map a file (70 us) and read no data
@@ -174,8 +176,8 @@ class _Tier(Generic[V]):
 class _Disk:
     """A file for each entry; with a limit of 0 there is none. Other processes write and delete here at any time."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, knobs: str) -> None:
+        self.limit_bytes, self._knobs = limit_bytes, knobs
         self._folder = folder
         self._written: set[Path] = set()
         self._warned = False
@@ -219,7 +221,8 @@ class _Disk:
         path = self._path(owner, key)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
+            opened(aside, "xb").close()
             save_file({"tensor": tensor}, aside)
             size_bytes = aside.stat().st_size
             _touch(aside)
@@ -228,7 +231,10 @@ class _Disk:
             _unlink(aside)
             self.remove(owner, key)
             if not self._warned:
-                log.warning("%s does not take all tensors; going on without those: %s", self._folder, error)
+                log.warning(
+                    "%s does not take all tensors; going on without those: %s; make room there, or lower %s",
+                    self._folder, error, self._knobs,
+                )  # fmt: skip
             self._warned = True
             return
         self._written.add(path)

@@ -18,7 +18,7 @@ from fedmm.flower import client_app, messages
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.llm import tls
 from fedmm.runs import config, reasons, targets
-from fedmm.runs.client import Order
+from fedmm.runs.client import Order, Report
 from fedmm.types import READ_PATH
 
 SECRET = "sk-0123-secret"
@@ -56,6 +56,10 @@ def sent(order: Order, node: int = 0) -> Message:
     return client_app.app(message, Context(1, node, config, RecordDict(), {}))
 
 
+def report_of(reply: Message) -> Report:
+    return messages.read_report(reply, 1 << 20)
+
+
 def everything(reply: Message) -> str:
     return str(reply.content if reply.has_content() else reply.error)
 
@@ -65,10 +69,10 @@ def asked(backbone) -> list[str]:
 
 
 def test_an_honest_order_is_done_over_tls_and_its_texts_stay(backbone, host, monkeypatch):
-    report = messages.read_report(sent(order(host, asked(backbone))))
+    report = report_of(sent(order(host, asked(backbone))))
     assert report.scores[0][1] == 4 and report.answers == []
     monkeypatch.setenv("FEDMM_ALLOW_TEXTS", "1")
-    assert len(messages.read_report(sent(order(host, asked(backbone)))).answers) == 4
+    assert len(report_of(sent(order(host, asked(backbone)))).answers) == 4
 
 
 def test_an_order_for_another_client_is_refused(backbone, host):
@@ -198,7 +202,7 @@ def test_a_site_insists_on_settings(backbone, host, monkeypatch):
     assert messages.read_lost(sent(order(host, asked(backbone)))) == reasons.told("site", 3)
     monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense")
     agreed = [*asked(backbone), "link.local=dense"]
-    assert messages.read_report(sent(order(host, agreed))).scores
+    assert report_of(sent(order(host, agreed))).scores
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def _rounds(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
         closing(Store(memory_bytes=cfg.link.cache_memory_mb << 20)) as store,
     ):
         folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
-        run_arm(grid, find_clients(grid, cfg.clients, 60.0), cfg, overrides, held, folder, store)
+        run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.event), cfg, overrides, held, folder, store)
         return [row["seconds"] for row in folder.rows("events.jsonl") if row["event"] == "round" and row["round"] > 1]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from beartype.door import is_bearable
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedmm.evaluate.answers import Answer
 from fedmm.llm.tls import Identity
@@ -14,6 +16,10 @@ from fedmm.runs.client import Order, Report
 from fedmm.runs.reasons import Lost, told
 
 _RECORD, _LOST = "fedmm", "lost"
+_SCORES = {"parts": int, "right": int, "count": int}
+_ANSWERS = {"parts": int, "ids": str, "said": str, "truths": str}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST = 2**63 - 1
 
 
 def ask_who(node: int) -> Message:
@@ -26,7 +32,8 @@ def say_who(message: Message, client: int) -> Message:
 
 
 def read_who(reply: Message) -> int:
-    return int(reply.content.config_records[_RECORD]["client"])  # type: ignore[arg-type]
+    """The number that a node says it has. Raises ValueError for a reply that says none."""
+    return _integer(_record(reply, _RECORD), "client")
 
 
 def send_order(order: Order, node: int) -> Message:
@@ -64,33 +71,98 @@ def read_lost(reply: Message) -> str | None:
     if record is None:
         return None
     reason, count = record.get("reason"), record.get("count")
-    if not isinstance(reason, str) or not isinstance(count, int):
-        raise ValueError("a client's reason is a text and a count")
+    if not isinstance(reason, str) or type(count) is not int or not 0 < count <= _LARGEST:
+        raise ValueError("a client's reason is a text and a count from 1")
     return told(reason, count)
 
 
 def send_report(report: Report, message: Message) -> Message:
+    scores = [(part, right, count) for part, (right, count) in report.scores.items()]
+    answers = [(part, answer.id, answer.said, answer.truth) for part, answer in report.answers]
     content = RecordDict({_RECORD: ConfigRecord({"client": report.client, "round": report.round})})
     content["metrics"] = MetricRecord(dict(report.metrics))
-    content["scores"] = ConfigRecord({"json": json.dumps(report.scores)})
-    content["answers"] = ConfigRecord({"json": json.dumps([(p, a.id, a.said, a.truth) for p, a in report.answers])})
+    content["scores"] = _columns(_SCORES, scores)
+    content["answers"] = _columns(_ANSWERS, answers)
     return Message(content, reply_to=message)
 
 
-def read_report(reply: Message) -> Report:
-    records = reply.content.config_records
-    scores = json.loads(str(records["scores"]["json"]))
-    answers = json.loads(str(records["answers"]["json"]))
-    metrics = {name: float(value) for name, value in reply.content.metric_records["metrics"].items()}  # type: ignore[arg-type]
+def read_report(reply: Message, limit_bytes: int) -> Report:
+    """The report that a reply holds. Raises ValueError with the reason where it is none.
+
+    Every column has a type of its own and no text is parsed, so that nothing in it can be nested.
+    """
+    if (came := size_bytes(reply)) > limit_bytes:
+        raise ValueError(f"it has {came} bytes, and at most {limit_bytes} are taken")
+    own = _record(reply, _RECORD)
+    scores = _rows(_record(reply, "scores"), _SCORES)
+    if len({part for part, _, _ in scores}) < len(scores):
+        raise ValueError("it scores a part twice")
     return Report(
-        int(records[_RECORD]["client"]),  # type: ignore[arg-type]
-        int(records[_RECORD]["round"]),  # type: ignore[arg-type]
-        {int(part): (int(right), int(count)) for part, (right, count) in scores.items()},
-        [(int(part), Answer(str(id), str(said), str(truth))) for part, id, said, truth in answers],
-        metrics,
+        _integer(own, "client"),
+        _integer(own, "round"),
+        {part: (right, count) for part, right, count in scores},
+        [(part, Answer(id, said, truth)) for part, id, said, truth in _rows(_record(reply, "answers"), _ANSWERS)],
+        _metrics(reply),
     )
 
 
 def size_bytes(message: Message) -> int:
-    """The bytes of a message's records as Flower counts them; its envelope is not in it."""
-    return sum(record.count_bytes() for record in message.content.values()) if message.has_content() else 0
+    """The bytes of a message's records, numbers as 8; its envelope is not in it.
+
+    Flower's own `count_bytes` raises for an empty text or list, and a client may send either.
+    """
+    records = message.content.values() if message.has_content() else ()
+    return sum(_size(name) + _size(value) for record in records for name, value in record.items())
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    return len(value) if isinstance(value, bytes) else len(value.data) if isinstance(value, Array) else 8
+
+
+def _columns(types: Mapping[str, type], rows: Sequence[tuple[Any, ...]]) -> ConfigRecord:
+    return ConfigRecord({name: [row[i] for row in rows] for i, name in enumerate(types)})
+
+
+def _rows(record: ConfigRecord, types: Mapping[str, type]) -> list[tuple[Any, ...]]:
+    """The rows of a record of columns. Raises ValueError for a column that is missing, too short or of another type."""
+    columns = [_column(name, record.get(name), wanted) for name, wanted in types.items()]
+    if len(set(map(len, columns))) > 1:
+        raise ValueError(f"{', '.join(types)} must be of one length, got {list(map(len, columns))}")
+    return list(zip(*columns, strict=True))
+
+
+def _column(name: str, column: Any, wanted: type) -> list[Any]:
+    if not isinstance(column, list) or any(type(value) is not wanted for value in column):
+        raise ValueError(f"{name} must be a list of {wanted.__name__}")
+    if wanted is str and any(_SURROGATE.search(text) for text in column):
+        raise ValueError(f"{name} has half a surrogate pair, which is no text")
+    if wanted is int and any(abs(value) > _LARGEST for value in column):
+        raise ValueError(f"{name} has a number of more than 64 bits")
+    return column
+
+
+def _metrics(reply: Message) -> dict[str, float]:
+    found = reply.content.metric_records.get("metrics")
+    if found is None or any(type(value) not in (int, float) for value in found.values()):
+        raise ValueError("metrics must be numbers by name")
+    return {name: float(value) for name, value in found.items()}  # type: ignore[arg-type]
+
+
+def _record(reply: Message, name: str) -> ConfigRecord:
+    record = reply.content.config_records.get(name) if reply.has_content() else None
+    if record is None:
+        raise ValueError(f"it has no record {name!r}")
+    return record
+
+
+def _integer(record: ConfigRecord, name: str) -> int:
+    value = record.get(name)
+    if type(value) is not int:
+        raise ValueError(f"{name} must be an integer, got {value!r:.40}")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{name} is a number of more than 64 bits")
+    return value

@@ -13,13 +13,14 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from fedmm import seeds, tree
 from fedmm.aggregate import lowrank
@@ -31,55 +32,125 @@ from fedmm.llm.local import LocalLLM
 from fedmm.llm.tls import Authority
 from fedmm.runs import home, summary
 from fedmm.runs.build import Whole, class_counts, for_arm, server_start, state_for, update_of
+from fedmm.runs.claims import Claims
 from fedmm.runs.client import Order, Report
 from fedmm.runs.derived import encrypted, per_round, scale
 from fedmm.runs.folder import RunFolder
-from fedmm.runs.settings import Config
+from fedmm.runs.settings import Config, RunConfig
 from fedmm.runs.stages import Alignment, pretrained
 from fedmm.runs.targets import make
+from fedmm.shown import one_line
 from fedmm.store import Store
-from fedmm.types import FedmmError, State
+from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm")
 POLL_SECONDS = 0.05
 SCORINGS = 2  # of the final state: no later round makes up for a client that was away
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, DecodeError)
+"""What reading a client's words may raise; not what a SuperLink that is gone does (httpx)."""
 ERROR_COST_LIMIT = 2.2e9  # LLaVA-1.5 at rank 64 with eight clients: 5 s of one core
 
 
-def find_clients(grid: Grid, clients: int, wait_seconds: float) -> dict[int, int]:
-    """Which node each client 0..clients-1 is. Waits for them; raises FedmmError naming those that did not come."""
-    deadline = time.monotonic() + wait_seconds
+def find_clients(grid: Grid, run: RunConfig, clients: int, event: Callable[..., None]) -> dict[int, int]:
+    """Which node each client 0..clients-1 is. Waits for them; raises FedmmError naming those that did not come.
+
+    With `run.nodes` a client is the node that was registered by that name, whatever a node says of itself: Flower gives
+    names, and keys, to nodes that its operator registered, and to no others. Without, a node is asked, and the first
+    that says a number keeps it: a later one must not push it out. A node that says nothing of use is left aside; each
+    is an `event`.
+    """
+    deadline = time.monotonic() + run.wait_seconds
+    found: dict[int, int] = {}
+    nodes = _named(grid, run.nodes) if run.nodes else _asked(grid)
+    noted: set[tuple[int, str]] = set()
+    while not set(range(clients)) <= found.keys():
+        for node, said in next(nodes):
+            reason = _not_a_client(node, said, clients, found)
+            if reason is None:
+                found[said] = node
+            elif (node, reason) not in noted:
+                noted.add((node, reason))
+                log.warning("node %d is left aside: %s", node, reason)
+                event("node_left_aside", node=str(node), reason=reason)
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(clients)) - found.keys())
+            raise FedmmError(
+                f"clients {missing} of {clients} did not come within {run.wait_seconds:g} s; start their SuperNodes "
+                "(simulation: --federation-config num-supernodes=N), lower clients, or raise run.wait_seconds"
+            )
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+def _named(grid: Grid, names: Sequence[str]) -> Iterator[list[tuple[int, Any]]]:
+    """By node the client that its registered name makes it, again and again."""
+    while True:
+        yield [(node.node_id, names.index(node.name)) for node in grid.get_nodes() if node.name in names]
+
+
+def _asked(grid: Grid) -> Iterator[list[tuple[int, Any]]]:
+    """By node what new nodes have answered since the last time: a number, or why there is none. Who sent an error is
+    asked again, as it may be mended."""
     asked: set[int] = set()
     pending: dict[str, int] = {}
-    found: dict[int, int] = {}
-    while not set(range(clients)) <= found.keys():
+    while True:
         new = [node for node in grid.get_node_ids() if node not in asked]
         if new:
             ids = grid.push_messages([messages.ask_who(node) for node in new])
             sent = {id: node for id, node in zip(ids, new, strict=False) if id}  # none of what it could not push
             asked |= set(sent.values())
             pending |= sent
-        for reply in grid.pull_messages(list(pending)) if pending else ():
-            node = pending.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                log.warning("a node does not know which client it is: %s", reply.error.reason)
-                asked.discard(node)  # it may be mended
-                continue
-            if reason := messages.read_lost(reply):
-                log.warning("a node does not know which client it is: %s", reason)
+        answers: list[tuple[int, Any]] = []
+        for id, reply in _replies(grid, list(pending)):
+            node = pending.pop(id)
+            if isinstance(reply, Message) and reply.has_error():
                 asked.discard(node)
-                continue
-            client = messages.read_who(reply)
-            if found.setdefault(client, node) != node:
-                raise FedmmError(f"two nodes say they are client {client}; give each its own partition-id")
-        if time.monotonic() > deadline:
-            missing = sorted(set(range(clients)) - found.keys())
-            raise FedmmError(
-                f"clients {missing} of {clients} did not come within {wait_seconds:g} s; start their SuperNodes "
-                "(simulation: --federation-config num-supernodes=N), lower clients, or raise run.wait_seconds"
-            )
-        time.sleep(POLL_SECONDS)
-    return found
+            answers.append((node, _number(reply)))
+        yield answers
+
+
+def _number(reply: Message | str) -> int | str:
+    """What a node answered, or why that is no number."""
+    if isinstance(reply, str):
+        return reply
+    if reply.has_error():
+        return f"it does not know which client it is: {reply.error.reason}"
+    try:
+        return messages.read_lost(reply) or messages.read_who(reply)
+    except ValueError as error:
+        return str(error)
+
+
+def _not_a_client(node: int, said: int | str, clients: int, found: Mapping[int, int]) -> str | None:
+    """Why a node that said this is no client of the run, or None if it is one."""
+    if isinstance(said, str):
+        return one_line(said)
+    if not 0 <= said < clients:
+        return f"it says it is client {said}, and clients={clients} has 0 to {clients - 1}"
+    if found.get(said, node) != node:
+        return (
+            f"it says it is client {said}, and so did node {found[said]} before; give each its own partition-id, or "
+            "name them in run.nodes"
+        )
+    return None
+
+
+def _replies(grid: Grid, ids: Iterable[str]) -> Iterator[tuple[str, Message | str]]:
+    """The replies to these messages that are there, each under the id it was asked for by; one that Flower cannot put
+    together is the reason.
+
+    One at a time: a reply that cannot be read would take along the others of its call, and which message it answers is
+    a client's word too.
+    """
+    for id in ids:
+        try:
+            came = list(grid.pull_messages([id]))[:1]
+            usable = all(isinstance(reply, Message) for reply in came)
+        except UNREADABLE as error:
+            yield id, f"its reply cannot be read: {type(error).__name__}: {error}"
+            continue
+        if came:
+            yield id, came[0] if usable else "its reply is no message"
 
 
 def run_arm(
@@ -106,11 +177,7 @@ def run_arm(
         home.write(folder.path / summary.CLASSES, json.dumps(class_counts(cfg)).encode())
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
-    def arrived(round: int, update: Any) -> None:
-        _write_moved(folder, round, host.traffic_of(update.client))
-        folder.save_update(round, update)  # now it is not asked for again, whoever is killed
-        folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
-
+    inbox = _Inbox(folder, Claims(cfg, folder, start + 1))
     llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
     connector, table_VD = edge_parts.build_base(parts)
     kept = store if cfg.link.cache == "run" else None
@@ -120,7 +187,7 @@ def run_arm(
         card=card,
         edge=parts,
         features=features,
-        on_update=arrived,
+        on_update=lambda round, update: inbox.take(round, update, host.traffic_of),
         authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,
         sessions=cfg.link.sessions,
@@ -132,7 +199,7 @@ def run_arm(
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         deadline_seconds=cfg.link.deadline_seconds,
     ) as host:
-        arm = _Arm(grid, nodes, cfg, tuple(overrides), folder, host, align, common)
+        arm = _Arm(grid, nodes, cfg, tuple(overrides), inbox, host, align, common)
         rule = make(cfg.rule)
         if align and not cfg.rounds and not resumed:  # the stages at the server alone
             current = align(0, current)
@@ -144,6 +211,28 @@ def run_arm(
     folder.event("arm_finished", label=cfg.label)
 
 
+class _Inbox:
+    """Where updates arrive: those that claim too much are refused, the others made safe."""
+
+    def __init__(self, folder: RunFolder, claims: Claims) -> None:
+        self.folder, self.claims = folder, claims
+        self.failed: FedmmError | None = None  # the folder did not take an update: the run cannot go on
+
+    def take(self, round: int, update: Update, traffic_of: Callable[[int], Mapping[tuple[int, str], Traffic]]) -> None:
+        """Make an update safe. Raises ValueError with what its client is told where it is not: then it is not
+        acknowledged."""
+        if fault := self.claims.examples_fault(update.client, update.num_examples):
+            raise ValueError(f"the update {fault}")
+        try:
+            _write_moved(self.folder, round, traffic_of(update.client))
+            self.folder.save_update(round, update)  # now it is not asked for again, whoever is killed
+            self.folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
+        except FedmmError as error:
+            self.failed = error
+            raise ValueError("the server cannot keep updates and stops; its own log says why") from error
+        self.claims.accept_examples(update.client, update.num_examples)
+
+
 class _Arm:
     """What stays the same over the rounds of an arm."""
 
@@ -153,13 +242,14 @@ class _Arm:
         nodes: Mapping[int, int],
         cfg: Config,
         overrides: tuple[str, ...],
-        folder: RunFolder,
+        inbox: _Inbox,
         host: Host,
         align: Alignment | None,
         common: State,
     ) -> None:
         self.grid, self.nodes, self.cfg, self.overrides = grid, nodes, cfg, overrides
-        self.folder, self.host, self.align, self.common = folder, host, align, common
+        self.inbox, self.host, self.align, self.common = inbox, host, align, common
+        self.folder = folder = inbox.folder
         self.scale = scale(cfg.edge)
         self.everybody = [0] if cfg.pooled else list(range(cfg.clients))
         self.took_part = {c: row["round"] for row in folder.rows("rounds.jsonl") for c in row["clients"]}
@@ -293,9 +383,12 @@ class _Arm:
                 lost[order.client] = "Flower could not deliver the order; is its SuperNode connected?"
         deadline = time.monotonic() + self.cfg.run.round_seconds
         while pending:
-            for reply in self.grid.pull_messages(list(pending)):
-                order = pending.pop(reply.metadata.reply_to_message_id)
-                _write_control(self.folder, order, ordered.pop(order.client), messages.size_bytes(reply))
+            if self.inbox.failed:
+                raise self.inbox.failed
+            for id, reply in _replies(self.grid, list(pending)):
+                order = pending.pop(id)
+                reported = 0 if isinstance(reply, str) else messages.size_bytes(reply)
+                _write_control(self.folder, order, ordered.pop(order.client), reported)
                 if reason := self._take(order, reply):
                     lost[order.client] = reason
                     log.warning("%s: client %d is lost: %s", what, order.client, reason)
@@ -306,25 +399,29 @@ class _Arm:
             if pending:
                 time.sleep(POLL_SECONDS)
         refused, moved = self.host.close_round()
+        if self.inbox.failed:
+            raise self.inbox.failed
         for order in orders:
             if order.client in ordered:
                 _write_control(self.folder, order, ordered[order.client], 0)
         if orders:
             _write_moved(self.folder, orders[0].round, moved)
             self.folder.event("bytes", round=orders[0].round)
-        return lost | refused
+        return lost | {client: one_line(reason) for client, reason in refused.items()}
 
-    def _take(self, order: Order, reply: Message) -> str | None:
-        """Record a reply, or say why it is none."""
+    def _take(self, order: Order, reply: Message | str) -> str | None:
+        """Record a reply, or say why it is none. Whatever a client sends costs no other client anything."""
+        if isinstance(reply, str):
+            return one_line(reply)
         if reply.has_error():
-            return reply.error.reason or f"error {reply.error.code}"
+            return one_line(reply.error.reason or "") or f"error {reply.error.code}"
         try:
             if reason := messages.read_lost(reply):
                 return reason
-            report = messages.read_report(reply)
-            bad = report.fault(order, self.cfg)
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            return f"its report cannot be read: {type(error).__name__}: {error}"
+            report = messages.read_report(reply, self.cfg.run.report_limit_mb << 20)
+            bad = report.fault(order, self.cfg, self.inbox.claims)
+        except UNREADABLE as error:
+            return one_line(f"its report cannot be read: {error}")
         if bad:
             return f"its report {bad}"
         self._record(order, report)
@@ -332,9 +429,16 @@ class _Arm:
 
     def _record(self, order: Order, report: Report) -> None:
         state_round = order.round - 1  # a score belongs to the state that was received
-        for part, answer in report.answers:
-            row = {"round": state_round, "client": order.client, "part": part}
-            self.folder.append("predictions.jsonl", **row, id=answer.id, said=answer.said, truth=answer.truth)
+        self.folder.extend(
+            "predictions.jsonl",
+            (
+                {"round": state_round, "client": order.client, "part": part}
+                | {"id": answer.id, "said": answer.said, "truth": answer.truth}
+                for part, answer in report.answers
+            ),
+        )
+        for part, (_, count) in report.scores.items():
+            self.inbox.claims.accept_questions(order.client, part, count)
         self.folder.extend(  # last and at once: a client that is here is not asked again
             "scores.jsonl",
             (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.runs.settings import Config
 from fedmm.runs.stages import check_stages
 from fedmm.store import Store
+from fedmm.types import FedmmError
 
 app = ServerApp()
 
@@ -73,7 +74,7 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
     top = folders[0]
     try:
         top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
-        nodes = find_clients(grid, arms[0].cfg.clients, arms[0].cfg.run.wait_seconds)
+        nodes = find_clients(grid, arms[0].cfg.run, arms[0].cfg.clients, top.event)
         with closing(_feature_store(arms[0].cfg, top.path)) as store:
             for arm, folder in zip(arms, folders, strict=True):
                 run_arm(grid, nodes, arm.cfg, arm.overrides, held, folder, store)
@@ -81,7 +82,8 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
         top.event("finished", report=str(top.path / "report.html"))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
+        with suppress(FedmmError):  # of a full disk: `error` says so already, and this one would hide it
+            top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
         raise
     return top.path
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 import threading
 from collections import defaultdict
@@ -34,6 +35,7 @@ from fedmm.losses import answer_cross_entropy, branch_losses
 from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
+METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
 
@@ -64,8 +66,8 @@ class Host:
     """Serves a LocalLLM and the round's state over gRPC from construction until `close`.
 
     `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
-    makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them;
-    `features` forms the base of factored steps.
+    makes the update safe (a journal), or refuses it by a ValueError. `edge` are the frozen parts a client runs, and
+    `card` what it must know of them; `features` forms the base of factored steps.
     With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
@@ -299,11 +301,11 @@ class Host:
                 raise ValueError(f"no update of client {visit.client} is awaited in round {visit.round}")
             try:
                 update = _read_update(visit.client, frame, self._up(visit.client, self._current))
+                traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
+                self._on_update(visit.round, update)
             except ValueError as error:
                 self._refused[visit.client] = str(error)
                 raise
-            traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
-            self._on_update(visit.round, update)
             self._awaited.discard(visit.client)
             self._refused.pop(visit.client, None)
         return wire.Frame("update")
@@ -449,7 +451,9 @@ def _read_update(client: int, frame: wire.Frame, wanted: State) -> Update:
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
     metrics = frame.meta.get("metrics", {})
     if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(reading.number, metrics.values())):
-        raise ValueError(f"metrics must be finite numbers by name, got {str(metrics)[:200]}")
+        raise ValueError(f"metrics must be finite numbers by name, got {ascii(metrics)[:200]}")
+    if odd := next((name for name in metrics if not METRIC_NAME.fullmatch(name)), None):
+        raise ValueError(f"a metric's name must be 1 to 40 of a-z 0-9 _, got {odd[:40]!a}")
     return Update(client, delta, count, fisher if has_fisher else None, metrics)
 
 

@@ -49,6 +49,8 @@ def _settings(cfg: Config) -> Iterator[str]:
         yield f"clip_norm must be above 0, or null for none, got {cfg.clip_norm:g}"
     if cfg.link.address is None and not is_loopback(cfg.link.bind):
         yield f"link.bind={cfg.link.bind} needs link.address: the host and port that clients dial"
+    if cfg.run.nodes is not None and len(set(cfg.run.nodes)) != max(cfg.clients, len(cfg.run.nodes)):
+        yield f"run.nodes must name one node for each of clients={cfg.clients}, got {list(cfg.run.nodes)}"
     if set(cfg.faulty) - set(range(max(1, cfg.clients))):
         yield f"faulty must name clients from 0 to below clients={cfg.clients}, got {list(cfg.faulty)}"
 

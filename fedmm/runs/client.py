@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,13 +38,24 @@ from fedmm.runs.build import (
     splits,
     whole,
 )
+from fedmm.runs.claims import Claims
 from fedmm.runs.config import load
 from fedmm.runs.derived import at_client, kept, scale
 from fedmm.runs.reasons import Lost, Reason, because
 from fedmm.runs.settings import Config
 from fedmm.runs.targets import make
+from fedmm.shown import one_line
 from fedmm.train import train
 from fedmm.types import State, Update
+
+TEXT_LIMIT = 1 << 16  # characters of an example's name or true answer
+TOKEN_LIMIT = 128  # characters of a generated token: the longest of Llama 3 are 128 spaces
+MEASURED = {
+    "seconds", "start_seconds", "encode_seconds", "score_seconds", "link_seconds", "peak_rss_bytes", "edge_parameters",
+    "trained_parameters",
+}  # fmt: skip
+MEASURED_IN_TRAINING = {"loss", "first_loss", "examples", "train_seconds", "fisher_seconds"}
+"""The metrics of a report. `llm_samples` is beside them where the LLM is at the client."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +88,45 @@ class Report:
     answers: list[tuple[int, Answer]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def fault(self, order: Order, cfg: Config) -> str | None:
-        """Why this is no report of `order`, or None if it is one."""
+    def fault(self, order: Order, cfg: Config, claims: Claims) -> str | None:
+        """Why this is no report of `order`, or None if it is one. Its numbers and texts are a client's word."""
         if (self.client, self.round) != (order.client, order.round):
             return f"is of client {self.client} in round {self.round}"
+        return self._scores_fault(order, cfg, claims) or self._answers_fault(order, cfg) or self._metrics_fault(order)
+
+    def _scores_fault(self, order: Order, cfg: Config, claims: Claims) -> str | None:
+        asked = scored_parts(cfg, order) if order.score else []
         for part, (right, count) in self.scores.items():
-            if part not in scored_parts(cfg, order) or not 0 <= right <= count:
+            if part not in asked or not 0 <= right <= count:
                 return f"scores part {part} with {right} of {count}"
-        if strange := {part for part, _ in self.answers} - set(held_parts(cfg, order.client)):
-            return f"has answers of part {min(strange)}"
+            if fault := claims.questions_fault(order.client, part, count):
+                return fault
+        return next((f"does not score part {part}" for part in asked if part not in self.scores), None)
+
+    def _answers_fault(self, order: Order, cfg: Config) -> str | None:
+        own = held_parts(cfg, order.client) if order.answers else []
+        given = Counter(part for part, _ in self.answers)
+        for part, count in given.items():
+            if part not in own or count > (asked := self.scores.get(part, (0, 0))[1]):
+                return f"has answers of part {part}" + (f": {count} to {asked} questions" if part in own else "")
+        most = {"id": TEXT_LIMIT, "said": cfg.evaluate.max_tokens * TOKEN_LIMIT, "truth": TEXT_LIMIT}
+        for _, answer in self.answers:
+            for name, limit in most.items():
+                if len(getattr(answer, name)) > limit:
+                    return f"has an answer whose {name} is longer than {limit} characters"
+        return None
+
+    def _metrics_fault(self, order: Order) -> str | None:
         if any(not math.isfinite(value) for value in self.metrics.values()):
             return "has a metric that is not finite"
+        wanted = MEASURED | (MEASURED_IN_TRAINING if order.train else set())
+        if missing := sorted(wanted - self.metrics.keys()):
+            return f"lacks the metric {missing[0]}"
+        if unknown := sorted(self.metrics.keys() - wanted - {"llm_samples"}):
+            return f"has a metric {one_line(unknown[0], 40)!r}, which is none"
+        least = {name: value for name, value in self.metrics.items() if name not in ("loss", "first_loss")}
+        if odd := next((name for name, value in least.items() if not 0 <= value < 2**53), None):
+            return f"has {odd}={least[odd]:g}, which cannot be"
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 import torch
@@ -21,8 +22,26 @@ def encrypted(link: LinkConfig) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    host = address.rsplit(":", 1)[0]
-    return host in ("localhost", "[::1]") or host.startswith("127.")
+    """Whether host:port is this machine's own loopback: `localhost`, or an IP address of 127.0.0.0/8 or ::1.
+
+    Any other name is not, whatever it looks like: 127.0.0.1.example.org is wherever its owner says.
+    """
+    host = _host(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host(address: str) -> str:
+    """The host of host, host:port, [IPv6], [IPv6]:port, or of an IPv6 address by itself."""
+    if address.startswith("["):
+        host, _, port = address[1:].partition("]")
+        return host if not port or port.startswith(":") else ""
+    host, _, port = address.partition(":")
+    return address if ":" in port else host
 
 
 def at_client(cfg: Config) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedmm import disk
 from fedmm.edge import parts as edge_parts
 from fedmm.edge.folding import fold
 from fedmm.runs import derived, targets
@@ -41,6 +42,7 @@ def export(run: Path, into: Path) -> int:
     in_edge, in_llm = derived.scale(cfg.edge.lora), derived.scale(cfg.get("inner") or {})
     in_layers = {"encoder": in_edge, "connector": in_edge, "llm": in_llm}
     fold(backbone.model, start | state, derived.scale(cfg.edge), in_layers)
-    backbone.model.save_pretrained(into)
-    backbone.processor.save_pretrained(into)
+    with disk.named(into, "name another folder"):
+        backbone.model.save_pretrained(into)
+        backbone.processor.save_pretrained(into)
     return round

@@ -33,7 +33,7 @@ import safetensors
 import safetensors.torch
 from omegaconf import OmegaConf
 
-from fedmm import tree
+from fedmm import disk, tree
 from fedmm.runs import home
 from fedmm.runs.config import what
 from fedmm.types import State, Update
@@ -56,7 +56,6 @@ class RunFolder:
         if (path / "config.yaml").exists():
             self._rewrite("events.jsonl", lambda row: True)
         else:
-            path.mkdir(parents=True, exist_ok=True)
             home.write(path / "overrides.txt", asked.encode())
             home.write(path / "environment.json", json.dumps(_environment(), indent=1).encode())
             home.write(path / "config.yaml", config_yaml.encode())
@@ -68,10 +67,10 @@ class RunFolder:
         self.extend(file, [row])
 
     def extend(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Several rows in one write."""
+        """Several rows in one write. Raises FedmmError where the disk does not take them; then none is there."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        with self._lock, (self.path / file).open("a") as out:
-            out.write(lines)
+        with self._lock, home.writing(self.path):
+            disk.append(self.path / file, lines.encode())
 
     def event(self, kind: str, /, **what: Any) -> None:
         """Something a watcher wants to know now."""
@@ -174,8 +173,10 @@ class RunFolder:
 @contextmanager
 def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process. Where another one holds it, wait for its end or raise ValueError."""
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
+    with home.writing(path):
+        disk.make_folder(path)
+        lock = disk.opened(path / ".lock", "w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

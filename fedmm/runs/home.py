@@ -10,7 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedmm import tree
+from fedmm import disk, tree
 from fedmm.types import State
+
+RUN_KNOB = "set run.dir to another folder for a new run; with room, the same command goes on with this one"
 
 
 def home() -> Path:
@@ -29,15 +31,24 @@ def home() -> Path:
 
 
 def save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a state so that it is there whole or not at all."""
+    """Write a state so that it is there whole or not at all. Raises FedmmError as `write` does."""
     with _aside(path) as aside:
         safetensors.torch.save_file({name: t.detach().contiguous() for name, t in state.items()}, aside, metadata)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    with _aside(path) as aside:
+def write(path: Path, data: bytes, *, public: bool = False) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    A `public` one is a page that was asked for by name: who may read it is the umask's to say. Raises FedmmError where
+    the disk does not take it, with the folder and the knob.
+    """
+    with _aside(path, public) as aside:
         aside.write_bytes(data)
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """For what is written in a folder of this machine's or of a run: it fails with the folder and the knob."""
+    return disk.named(folder, disk.HOME_KNOB if folder.is_relative_to(home()) else RUN_KNOB)
 
 
 def read_ahead(path: Path) -> None:
@@ -48,17 +59,19 @@ def read_ahead(path: Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A file to write; then it is flushed to the disk and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _aside(path: Path, public: bool = False) -> Iterator[Path]:
+    """A file to write; then it is flushed to the disk and renamed. It is for its owner alone, unless `public`."""
+    with disk.named(path.parent, "name another file") if public else writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True) if public else disk.make_folder(path.parent)
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            (open if public else disk.opened)(aside, "xb").close()
+            yield aside
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 class Mapped(Mapping[str, Tensor]):
@@ -121,7 +134,7 @@ def load_parts(digest: str) -> Mapped | None:
     """
     try:
         return Mapped(_parts(digest))
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, NotADirectoryError, SafetensorError):
         return None
 
 

@@ -25,6 +25,7 @@ from rich.text import Text
 from fedmm.runs import evidence, records, summary, table
 from fedmm.runs.derived import per_round
 from fedmm.runs.folder import read_rows
+from fedmm.shown import one_line
 
 POLL_SECONDS = 0.25
 GAP = 3  # characters between two columns of the last table
@@ -385,5 +386,5 @@ def _arms_table(run: Path, width: int) -> Table:
 
 
 def _say(console: Console, text: str, style: str = "") -> None:
-    """One line as it is: labels and errors are no markup, and a path is not broken."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """One line as it is: labels and errors are no markup and move no cursor, and a path is not broken."""
+    console.print(Text(one_line(text, limit=None), style=style), soft_wrap=True)

@@ -139,7 +139,7 @@ def save(file: Path, records: Records) -> None:
         lines.append({"settings": own(run.settings), "summary": run.summary})
     lines += [_row(choice) | {"settings": own(choice.settings)} for choice in records.choices]
     lines += [{"command": command, "when": when} for command, when in records.commands.items()]
-    home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode(), public=True)
 
 
 def only_in(file: Path, told: Records) -> list[str]:

@@ -30,10 +30,16 @@ from fedmm.runs.build import splits
 from fedmm.runs.folder import read_rows
 from fedmm.runs.page import CHANNELS, PAGE
 from fedmm.runs.settings import Config
+from fedmm.shown import visible
 from fedmm.types import Example
 
 DASH = "\N{EN DASH}"
 THUMBNAIL = 256  # pixels of the longer side of an image in the page
+REPORTED = {
+    "seconds", "start_seconds", "score_seconds", "link_seconds", "peak_rss_bytes", "edge_parameters",
+    "trained_parameters",
+}  # fmt: skip
+"""What a client's report measures whole; what an update says beside it may be anything."""
 OUTCOMES = {
     "put right": "series-3",
     "still right": "series-1",
@@ -54,9 +60,9 @@ def write(run: Path) -> Path:
 
 
 def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) -> str:
-    """The page. Questions, answers and reasons are untrusted text and are escaped."""
+    """The page. Questions, answers and reasons are untrusted text: they are escaped, controls too."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"bytes": plots.readable_bytes, "percent": _percent, "count": _count}
     cfg: Any = OmegaConf.load(run / "config.yaml")
@@ -91,7 +97,7 @@ def _arm(folder: Path) -> dict[str, Any]:
     told = json.loads((folder / "summary.json").read_text())
     rounds = read_rows(folder / "rounds.jsonl")
     ledger = read_rows(folder / "ledger.jsonl")
-    client = [row for row in ledger if row["kind"] == "client" and "seconds" in row]  # else its report was lost
+    client = [row for row in ledger if row["kind"] == "client" and row.keys() >= REPORTED]  # else its report was lost
     questions = {}
     for row in read_rows(folder / "scores.jsonl"):
         questions[row["part"]] = row["count"]
@@ -149,7 +155,7 @@ def _stored(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean over clients and rounds of each time that clients report, of the rounds in which they trained."""
-    trained = [row for row in rows if "train_seconds" in row]
+    trained = [row for row in rows if row.keys() >= {"train_seconds", "fisher_seconds"}]
     names = ("seconds", "start_seconds", "score_seconds", "train_seconds", "fisher_seconds", "link_seconds")
     means = {name: statistics.fmean(row[name] for row in trained) for name in names if trained}
     return means | {"peak_rss_bytes": max((row["peak_rss_bytes"] for row in rows), default=0.0)}
@@ -268,6 +274,10 @@ def _image(image: Image.Image) -> dict[str, Any]:
     small.save(out, format="PNG", optimize=True)
     url = "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
     return {"url": url, "large": max(small.size) >= 96}
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # ---- numbers as words ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def write(into: Path, made_of: Records, against: str | None, command: str, *, an
         )
     rows = evidence.rows(made_of.runs)
     shown = table.columns(against, rows)
-    home.write(picture, plots.png(plots.comparison(rows)))
+    home.write(picture, plots.png(plots.comparison(rows)), public=True)
     records.save(kept, made_of)
     made = [f"- `{asked}`, {when}." for asked, when in ({command: records.now()} | dict(made_of.commands)).items()]
     if days := records.days(made_of.runs):
@@ -47,7 +47,7 @@ def write(into: Path, made_of: Records, against: str | None, command: str, *, an
         ]
     if made_of.choices:
         parts += ["## Settings chosen on the validation split", _chosen(made_of.choices)]
-    home.write(into, ("\n\n".join(parts) + "\n").encode())
+    home.write(into, ("\n\n".join(parts) + "\n").encode(), public=True)
     return into
 
 

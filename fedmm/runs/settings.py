@@ -110,6 +110,10 @@ class RunConfig:
     dir: str | None = None  # null: runs/<now>. Absolute for flwr run, whose server has a working directory of its own
     round_seconds: float = 3600.0  # a client that is not back by then is left out of the round
     wait_seconds: float = 120.0  # for all clients to be there at the start
+    nodes: list[str] | None = None  # the nodes of clients 0, 1, ... by the names that `flwr supernode register --name`
+    # gave them; null: a node says which client it is, and the first to say a number keeps it
+    max_examples: int = 1_000_000  # that one client may claim; all of VQAv2's are 443,757
+    report_limit_mb: int = 64  # of a client's report, which holds its answers
     at_once: int | None = None  # clients at once in one process; null: one a core. Changes no bit
     has_data: bool = True  # the server can build the dataset too, as with a benchmark; false where only sites hold it
     examples: int = 12  # test images in the report, where the server has the data; 0: none
@@ -187,5 +191,6 @@ AT_LEAST = {
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
     "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,
     "link.merge_wait_ms": 0, "link.graphs_mb": 0, "link.cache_memory_mb": 0, "link.cache_disk_mb": 0,
-    "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0,
+    "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0, "run.max_examples": 1,
+    "run.report_limit_mb": 1,
 }  # fmt: skip

@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedmm import disk
 from fedmm.runs import config, evidence, plan, records, settings
 from fedmm.runs.folder import alone
 from fedmm.runs.plan import Job, Search
@@ -230,8 +231,10 @@ def _run_one(job: Job) -> bool:
     command = [sys.executable, "-m", "fedmm.cli", "run", *job.overrides, "run.at_once=1"]
     # Threads that spin while they wait hold up other runs: with two of two threads each, steps took 3.6 times as long.
     env = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log:
+    with disk.named(job.log.parent, "name another folder for the sweep"):
+        disk.make_folder(job.log.parent)
+        opened = disk.opened(job.log, "a")
+    with opened as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         if job.done:
             return True

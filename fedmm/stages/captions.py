@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from fedmm import tree
+from fedmm import disk, tree
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
@@ -102,19 +102,19 @@ def write(
     """
     asked = list(_asked(examples, prompts))
     there = {(c.image, c.prompt): c for c in _resume(path) if c.writer == writer.name}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(asked), chunk):
-            new = [one for one in asked[start : start + chunk] if (one.image, one.prompt) not in there]
-            if not new:
-                continue
-            texts = writer.say([_example(examples[one.row], one.prompt) for one in new])
-            made = [Caption(a.image, a.prompt, t, writer.name) for a, t in zip(new, texts, strict=True)]
-            file.write("".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made))
-            file.flush()
-            there |= {(caption.image, caption.prompt): caption for caption in made}
-            if noted and start // chunk % NOTED_CHUNKS == 0:
-                noted(f"{len(there)} texts of {len(asked)} about open images are in {path}")
+    for start in range(0, len(asked), chunk):
+        new = [one for one in asked[start : start + chunk] if (one.image, one.prompt) not in there]
+        if not new:
+            continue
+        texts = writer.say([_example(examples[one.row], one.prompt) for one in new])
+        made = [Caption(a.image, a.prompt, t, writer.name) for a, t in zip(new, texts, strict=True)]
+        lines = "".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made)
+        with disk.named(path.parent, disk.HOME_KNOB):
+            disk.make_folder(path.parent)
+            disk.append(path, lines.encode())
+        there |= {(caption.image, caption.prompt): caption for caption in made}
+        if noted and start // chunk % NOTED_CHUNKS == 0:
+            noted(f"{len(there)} texts of {len(asked)} about open images are in {path}")
     return [there[one.image, one.prompt] for one in asked]
 
 

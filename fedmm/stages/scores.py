@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fedmm import disk
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.model import Model
@@ -138,16 +139,17 @@ class _Kept:
         about = json.dumps([fingerprint(model, processor, prompt), *names])
         self._file = folder / f"scores_{hashlib.sha256(about.encode()).hexdigest()[:16]}.jsonl"
         self._names = names
-        folder.mkdir(parents=True, exist_ok=True)
         lines = mend(self._file).split(b"\n") if self._file.exists() else []
         self.rows = dict(self._row(number, raw) for number, raw in enumerate(lines, 1) if raw.strip())
 
     def append(self, rows: dict[tuple[str, str], list[float]]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            for (image, question), row in rows.items():
-                log_p = dict(zip(self._names, row, strict=True))
-                line = {"image": image, "question": question, "log_p": log_p}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = [
+            {"image": image, "question": question, "log_p": dict(zip(self._names, row, strict=True))}
+            for (image, question), row in rows.items()
+        ]
+        with disk.named(self._file.parent, disk.HOME_KNOB):
+            disk.make_folder(self._file.parent)
+            disk.append(self._file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     def _row(self, number: int, raw: bytes) -> tuple[tuple[str, str], list[float]]:
         try:
