@@ -1,8 +1,9 @@
 # What the scripts share: an environment of this checkout's own, and Flower kept inside it. Sourced, not run.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-state="$root/.fedmm" # Flower's home, logs, the cache of frozen parts: delete it and nothing is lost
-export PATH="$root/.venv/bin:$PATH"
+venv="${FEDMM_VENV:-$root/.venv}" # FEDMM_VENV: an environment that has the package already
+state="${FEDMM_STATE:-$root/.fedmm}" # Flower's home, logs, the cache of frozen parts, loopback.sh's keys
+export PATH="$venv/bin:$PATH"
 export FEDMM_HOME="${FEDMM_HOME:-$state/cache}" FLWR_HOME="$state/flower"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 # the app runs in this environment, not in one Flower makes per run
@@ -13,6 +14,7 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 # set_up [EXTRA]: .venv with the package (and an extra) in it; does nothing where pyproject.toml has not changed.
 set_up() {
     local extra=${1:-} want python
+    [ -z "${FEDMM_VENV:-}" ] || return 0
     want=$(cksum <"$root/pyproject.toml")
     for stamp in "$root/.venv/.fedmm-dev" "$root/.venv/.fedmm-$extra"; do # dev holds everything
         [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && return
@@ -26,25 +28,34 @@ set_up() {
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# start NAME COMMAND...: in the background, its output in a log; ended with this script, by its own process id.
+# start NAME COMMAND...: in the background, its output in a log; it ends with this script, and so do its own processes.
 pids=()
 start() {
     local name=$1
     shift
     mkdir -p "$state/log"
+    set -m # a process group of its own
     "$@" >"$state/log/$name.log" 2>&1 &
+    set +m
     pids+=($!)
 }
 end_all() {
-    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
-    for pid in "${pids[@]}"; do wait "$pid" 2>/dev/null || true; done
+    local pid
+    for pid in "${pids[@]}"; do kill -- "-$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do
+        wait "$pid" 2>/dev/null || true
+        for _ in $(seq 50); do kill -0 -- "-$pid" 2>/dev/null && sleep 0.2 || break; done
+        kill -KILL -- "-$pid" 2>/dev/null || true
+    done
 }
 trap end_all EXIT
 
-# connect NAME PORT: let `flwr run APP NAME` find the SuperLink on this port, and wait until it answers.
+# connect NAME PORT [CA]: let `flwr run APP NAME` find the SuperLink on this port, and wait until it answers.
 connect() {
+    local secured="insecure = true"
+    [ -z "${3:-}" ] || secured="root-certificates = \"$(realpath "$3")\""
     mkdir -p "$FLWR_HOME"
-    printf '[superlink]\ndefault = "%s"\n[superlink.%s]\naddress = "127.0.0.1:%s"\ninsecure = true\n' "$1" "$1" "$2" \
+    printf '[superlink]\ndefault = "%s"\n[superlink.%s]\naddress = "127.0.0.1:%s"\n%s\n' "$1" "$1" "$2" "$secured" \
         >"$FLWR_HOME/config.toml"
     for _ in $(seq 120); do
         python -c "import socket; socket.create_connection(('127.0.0.1', $2), 1)" 2>/dev/null && return
@@ -56,17 +67,15 @@ connect() {
 
 # run_app NAME DIR FEDERATION OVERRIDE...: one run of the app, watched from its folder. Fails where the run failed.
 run_app() {
-    local name=$1 dir=$2 federation=$3 overrides stream
+    local name=$1 dir=$2 federation=$3 overrides
     shift 3
     overrides=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@" "run.dir=\"$dir\"")
     mkdir -p "$state/log" && cd "$state" # not in the project's folder: workers would import it instead of the bundle
     printf "overrides = '''%s '''\n" "$overrides" >"$state/run.toml"
     say "flwr run with $overrides"
-    flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
-        --run-config "$state/run.toml" >"$state/log/flwr.log" 2>&1 &
-    stream=$!
-    pids+=("$stream")
-    fedmm watch "$dir" --pid "$stream" || {
+    start flwr flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
+        --run-config "$state/run.toml"
+    fedmm watch "$dir" --pid "${pids[-1]}" || {
         tail -n 30 "$state/log/flwr.log"
         say "the run failed; the whole log is $state/log/flwr.log"
         return 1
