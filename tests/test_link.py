@@ -283,10 +283,11 @@ def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, 
 @pytest.mark.parametrize("message", [b"garbage", b"FMM1" + b"\xff" * 12])
 def test_garbage_ends_its_own_session_with_the_reason(link, message):
     host, _ = link
-    with visiting(host) as session, visiting(host, client=1) as other:
-        session._outbox.put([message])
-        with pytest.raises(HostRefused, match="no valid frame"):
-            session.call("card")
+    with grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel, visiting(host, client=1) as other:
+        other.call("card")
+        shown = wire.credentials(0, 1, host.token(1, 0))
+        with pytest.raises(grpc.RpcError, match="no valid frame"):
+            list(channel.stream_stream(wire.METHOD)(iter([message]), metadata=shown))
         assert other.call("card").verb == "card"
 
 

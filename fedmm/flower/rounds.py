@@ -34,7 +34,7 @@ from fedmm.runs import home, summary
 from fedmm.runs.build import Whole, class_counts, for_arm, server_start, state_for, update_of
 from fedmm.runs.claims import Claims
 from fedmm.runs.client import Order, Report
-from fedmm.runs.derived import encrypted, per_round, scale
+from fedmm.runs.derived import encrypted, per_round, scale, sessions
 from fedmm.runs.folder import RunFolder
 from fedmm.runs.settings import Config, RunConfig
 from fedmm.runs.stages import Alignment, pretrained
@@ -190,7 +190,7 @@ def run_arm(
         on_update=lambda round, update: inbox.take(round, update, host.traffic_of),
         authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,
-        sessions=cfg.link.sessions,
+        sessions=sessions(cfg),
         pending=cfg.link.pending,
         workers=cfg.link.workers,
         merge_rows=cfg.link.merge_rows,

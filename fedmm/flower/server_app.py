@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from omegaconf import OmegaConf
 
 from fedmm.flower.rounds import find_clients, run_arm
-from fedmm.runs import config, report, settings
+from fedmm.runs import config, descriptors, report, settings
 from fedmm.runs.build import Whole, partition, splits, whole
 from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.runs.settings import Config
@@ -64,6 +64,8 @@ def plan(overrides: list[str]) -> list[Arm]:
 
 def run(grid: Grid, arms: list[Arm]) -> Path:
     """Run the arms in turn and write the report. Returns the run's folder, which is there once the LLM is loaded."""
+    for arm in arms:
+        descriptors.claim(arm.cfg)
     held = whole(arms[0].cfg)
     with alone(arms[0].folder):
         return _run(grid, arms, held)
@@ -99,6 +101,8 @@ def _mistakes(arm: Arm) -> Iterator[str]:
     """What is wrong with one arm; every split is divided once, to see that it can be."""
     found = list(config.check(arm.cfg))
     yield from found
+    if not found:
+        yield from descriptors.mistakes(arm.cfg)
     try:
         check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
     except ValueError as error:

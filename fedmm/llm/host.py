@@ -26,7 +26,7 @@ from torch import Tensor
 from fedmm import codecs, ram, tree
 from fedmm.codecs import Feedback
 from fedmm.edge.schema import without_images
-from fedmm.llm import reading, tls, wire
+from fedmm.llm import gate, reading, tls, wire
 from fedmm.llm.engine import Begun, Engine, Rows
 from fedmm.llm.features import Features, FeaturesMissing
 from fedmm.llm.local import LocalLLM
@@ -36,6 +36,7 @@ from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
 METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
+_SPARE_THREADS = 4  # for streams that are being let in or turned away, where every session is taken
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
 
@@ -58,6 +59,7 @@ class _Visit:
     client: int
     round: int
     context: grpc.ServicerContext
+    peer: str  # the connection, as gRPC names it; the context forgets it
     pending: dict[int, tuple[reading.Read, Begun]] = field(default_factory=dict)
     feedback: Feedback = field(default_factory=Feedback)
 
@@ -113,7 +115,9 @@ class Host:
         self._down = self._up = lambda client, current: current
         self._awaited: set[int] = set()
         self._refused: dict[int, str] = {}
-        self._visits: dict[int, _Visit] = {}  # by client
+        self._sessions = sessions
+        self._visits: dict[int, _Visit] = {}  # by client; each has a thread until it is taken out
+        self._full: set[int] = set()  # clients who found no free session in this round, and have none since
         self._traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
         self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | wire.Chunks]] = {
             "card": self._send_card,
@@ -130,9 +134,13 @@ class Host:
             "echo": self._echo,
         }
         self._server = grpc.server(
-            ThreadPoolExecutor(sessions, thread_name_prefix="fedmm-host"),
-            options=[*wire.GRPC_OPTIONS, ("grpc.http2.max_ping_strikes", 0)],
-            maximum_concurrent_rpcs=sessions,
+            ThreadPoolExecutor(sessions + _SPARE_THREADS, thread_name_prefix="fedmm-host"),
+            options=[
+                *wire.GRPC_OPTIONS,
+                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.max_concurrent_streams", gate.STREAMS),
+                ("grpc.max_allowed_incoming_connections", gate.connections(sessions)),
+            ],
         )
         handler = grpc.stream_stream_rpc_method_handler(self._session)
         service, method = wire.METHOD.strip("/").split("/")
@@ -146,6 +154,7 @@ class Host:
         except RuntimeError as error:
             self._engine.close()
             raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
+        self._gate = gate.Gate(self.port, gate.room(sessions))
         self._server.start()
 
     # ---- for the server's round loop -------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ class Host:
         self._features.fold(current, scale)
         with self._lock:
             self._round, self._current = round, tree.clone(current)
-            self._awaited, self._refused = set(clients), {}
+            self._awaited, self._refused, self._full = set(clients), {}, set()
             self._down, self._up = down, up
 
     def token(self, round: int, client: int) -> str:
@@ -194,6 +203,8 @@ class Host:
             self._round, self._awaited = 0, set()
             visits = list(self._visits.values())
             refused, traffic, self._traffic = self._refused, self._traffic, defaultdict(Traffic)
+            waited = f"it waited until the round ended, and all of {self._limit()} were in use; raise link.sessions"
+            refused = dict.fromkeys(self._full, waited) | refused
         for visit in visits:
             visit.context.cancel()
         ram.give_back()
@@ -202,6 +213,7 @@ class Host:
     def close(self) -> None:
         """Stop serving; safe to repeat."""
         self._server.stop(grace=0.5).wait()
+        self._gate.close()
         self._engine.close()
 
     def __enter__(self) -> Host:
@@ -215,6 +227,7 @@ class Host:
     def _session(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         visit = self._admit(context)
         try:
+            yield from wire.encode(wire.Frame("open"))
             while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
                 moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
                 with self._lock:
@@ -231,12 +244,16 @@ class Host:
             log.warning("client %d sent no valid frame: %s", visit.client, error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
         finally:
+            self._gate.leave(visit.peer)
             with self._lock:
-                if self._visits.get(visit.client) is visit:
-                    del self._visits[visit.client]
+                del self._visits[visit.client]
 
     def _admit(self, context: grpc.ServicerContext) -> _Visit:
-        """Let a client in by its token. It has one session: a new one ends an old one, which a crash may have left."""
+        """Let a client in by its token, where a session is free.
+
+        A client has one session: a new one ends an old one, which a crash may have left, and is let in once that has
+        ended. So one client holds one thread, however often it comes.
+        """
         sent = dict(context.invocation_metadata())
         client, round = str(sent.get("fedmm-client", "")), str(sent.get("fedmm-round", ""))
         numbers = all(text.isdecimal() and len(text) < 10 for text in (client, round))
@@ -250,16 +267,27 @@ class Host:
         shown = context.auth_context().get("x509_common_name", [b""])[0].decode()
         if self._authority and shown != tls.client_name(int(client)):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate is {shown!r}'s, not client {client}'s")
-        visit = _Visit(int(client), int(round), context)
+        visit = _Visit(int(client), int(round), context, context.peer())
         with self._lock:
-            now, before = self._round, self._visits.get(visit.client)
-            if visit.round == now:
+            over, before = visit.round != self._round, self._visits.get(visit.client)
+            full = before is None and len(self._visits) >= self._sessions
+            if not over and full:
+                self._full.add(visit.client)
+            elif not over and before is None:
                 self._visits[visit.client] = visit
-        if visit.round != now:
+                self._full.discard(visit.client)
+                self._gate.prove(visit.peer)
+        if over:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, self._over(visit))
         if before is not None:
             before.context.cancel()
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"an earlier session of client {visit.client} is ending")
+        if full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"all of {self._limit()} are in use")
         return visit
+
+    def _limit(self) -> str:
+        return f"link.sessions={self._sessions}"
 
     def _over(self, visit: _Visit) -> str:
         now = f"in round {self._round}" if self._round else "between rounds"

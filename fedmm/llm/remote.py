@@ -30,11 +30,21 @@ from fedmm.losses import Mutual
 from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, TokenTerm
 
 log = logging.getLogger("fedmm.link")
+CUTS = 12  # connections cut before the session is open, at most: a host under attack cuts honest ones too
+FIRST_PAUSE_SECONDS, CUT_PAUSE_SECONDS, TURN_PAUSE_SECONDS = 0.02, 0.25, 2.0
 _REFILLS = 2  # times that lost features are left there again, before they go up with the step
 
 
 class HostGone(FedmmError):
     """The host did not answer: it ended, the network is cut, or it is too slow for the deadline."""
+
+
+class HostFull(HostGone):
+    """The host serves as many clients as link.sessions allows, and none of them has left."""
+
+
+class _Cut(HostGone):
+    """The connection failed."""
 
 
 class HostRefused(FedmmError):
@@ -52,7 +62,8 @@ class FeaturesGone(HostRefused):
 class Session:
     """One client's stream to the host for one round; `call` is a frame up and a frame down.
 
-    Every wait ends within `deadline_seconds` in an answer, HostRefused or HostGone. Not for use from several threads.
+    The first call opens the stream. It waits up to `turn_seconds` for its turn where the host is full. Every other wait
+    ends within `deadline_seconds` in an answer, HostRefused or HostGone. Not for use from several threads.
     """
 
     def __init__(
@@ -64,39 +75,30 @@ class Session:
         token: str,
         identity: tls.Identity | None = None,
         deadline_seconds: float = 60.0,
+        turn_seconds: float = 60.0,
         frame_limit_bytes: int = 1 << 30,
     ) -> None:
         self.client, self.round = client, round
         self.sent_bytes: dict[str, int] = defaultdict(int)
         self.received_bytes: dict[str, int] = defaultdict(int)
         self.wait_seconds = 0.0
-        self._address = address
+        self._address, self._identity, self._credentials = address, identity, wire.credentials(client, round, token)
         self._broken: Exception | None = None  # a session that failed once stays failed
-        self._deadline_seconds = deadline_seconds
-        self._outbox: queue.SimpleQueue[wire.Chunks | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[wire.Frame | Exception] = queue.SimpleQueue()
-        self._channel = _dial(address, identity)
-        stream = self._channel.stream_stream(wire.METHOD)
-        metadata = wire.credentials(client, round, token)
-        self._stream = stream(itertools.chain.from_iterable(iter(self._outbox.get, None)), metadata=metadata)
-        self._reader = threading.Thread(target=self._read, args=(frame_limit_bytes,), daemon=True)
-        self._reader.start()
+        self._deadline_seconds, self._turn_seconds = deadline_seconds, turn_seconds
+        self._frame_limit_bytes = frame_limit_bytes
+        self._stream: _Stream | None = None
 
     def call(self, verb: str, tensors: Mapping[str, Tensor] | None = None, **meta: Any) -> wire.Frame:
         """Send one frame, wait for the reply. Raises HostRefused or HostGone."""
         if self._broken is not None:
             raise self._broken
+        if self._stream is None:
+            self._stream = self._open(verb)
         began = time.perf_counter()
         chunks = wire.encode(wire.Frame(verb, meta, tensors or {}))
         self.sent_bytes[verb] += chunks.size_bytes
-        self._outbox.put(chunks)
-        try:
-            reply = self._inbox.get(timeout=self._deadline_seconds)
-        except queue.Empty:
-            reply = HostGone(
-                f"the host at {self._address} did not answer {verb!r} within {self._deadline_seconds:g} s; "
-                "see the server's log, or raise link.deadline_seconds"
-            )  # whatever comes after it would be taken for the answer to another call
+        self._stream.send(chunks)
+        reply = self._stream.reply(verb, self._deadline_seconds)  # what comes later would be taken for another's answer
         if isinstance(reply, Exception):
             self._broken = reply
             raise reply
@@ -112,10 +114,8 @@ class Session:
 
     def close(self) -> None:
         """End the stream and the channel; safe to repeat."""
-        self._outbox.put(None)
-        self._stream.cancel()
-        self._channel.close()
-        self._reader.join(timeout=5)
+        if self._stream is not None:
+            self._stream.close()
 
     def __enter__(self) -> Session:
         return self
@@ -123,8 +123,66 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _open(self, verb: str) -> _Stream:
+        """The stream, once the host has a session for it. Raises HostFull, HostRefused or HostGone."""
+        began, cuts, pause_seconds = time.monotonic(), 0, FIRST_PAUSE_SECONDS
+        while True:
+            stream = _Stream(self._address, self._identity, self._credentials, self._frame_limit_bytes)
+            reply = stream.reply(verb, self._deadline_seconds)
+            if isinstance(reply, wire.Frame):
+                return stream
+            stream.close()
+            full, cuts = isinstance(reply, HostFull), cuts + isinstance(reply, _Cut)
+            if full and time.monotonic() - began > self._turn_seconds:
+                reply = HostFull(f"{reply}; client {self.client} waited {self._turn_seconds:g} s; raise link.sessions")
+            elif full or (isinstance(reply, _Cut) and cuts < CUTS):
+                time.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, TURN_PAUSE_SECONDS if full else CUT_PAUSE_SECONDS)
+                continue
+            self._broken = reply
+            raise reply
+
+
+class _Stream:
+    """A connection of its own and the one stream on it; whole frames go up, and come down in their order."""
+
+    def __init__(
+        self,
+        address: str,
+        identity: tls.Identity | None,
+        credentials: tuple[tuple[str, str], ...],
+        frame_limit_bytes: int,
+    ) -> None:
+        self._address = address
+        self._outbox: queue.SimpleQueue[wire.Chunks | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[wire.Frame | Exception] = queue.SimpleQueue()
+        self._channel = _dial(address, identity)
+        sent = itertools.chain.from_iterable(iter(self._outbox.get, None))
+        self._call = self._channel.stream_stream(wire.METHOD)(sent, metadata=credentials)
+        self._reader = threading.Thread(target=self._read, args=(frame_limit_bytes,), daemon=True)
+        self._reader.start()
+
+    def send(self, chunks: wire.Chunks) -> None:
+        self._outbox.put(chunks)
+
+    def reply(self, verb: str, deadline_seconds: float) -> wire.Frame | Exception:
+        """The next frame, or why there is none."""
+        try:
+            return self._inbox.get(timeout=deadline_seconds)
+        except queue.Empty:
+            return HostGone(
+                f"the host at {self._address} did not answer {verb!r} within {deadline_seconds:g} s; "
+                "see the server's log, or raise link.deadline_seconds"
+            )
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._call.cancel()
+        self._channel.close()
+        self._reader.join(timeout=5)
+
     def _read(self, limit_bytes: int) -> None:
-        chunks: Iterator[bytes] = iter(self._stream)
+        chunks: Iterator[bytes] = iter(self._call)
         try:
             while (frame := wire.decode(chunks, limit_bytes)) is not None:
                 self._inbox.put(frame)
@@ -136,23 +194,25 @@ class Session:
             self._inbox.put(HostGone(f"the host at {self._address} sent no valid frame: {error}"))
 
     def _gone(self, error: grpc.RpcError) -> FedmmError:
-        code, details = self._stream.code(), self._stream.details()
+        code, details = self._call.code(), self._call.details()
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT):
             return HostRefused(str(details))
-        return HostGone(
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return HostFull(f"the host at {self._address} has no free session: {details}")
+        return (_Cut if code == grpc.StatusCode.UNAVAILABLE else HostGone)(
             f"the host at {self._address} is gone ({code.name.lower()}: {details}); "
             "is the server running, and is link.address one that clients can reach?"
         )
 
 
 def _dial(address: str, identity: tls.Identity | None) -> grpc.Channel:
+    options = [*wire.GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # or sessions of a process share a connection
     if identity is None:
-        return grpc.insecure_channel(address, options=wire.GRPC_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     shown = grpc.ssl_channel_credentials(
         identity.authority.encode(), identity.key.encode(), identity.certificate.encode()
     )
-    named = ("grpc.ssl_target_name_override", tls.HOST_NAME)
-    return grpc.secure_channel(address, shown, options=[*wire.GRPC_OPTIONS, named])
+    return grpc.secure_channel(address, shown, options=[*options, ("grpc.ssl_target_name_override", tls.HOST_NAME)])
 
 
 class RemoteLLM:

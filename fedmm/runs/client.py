@@ -151,6 +151,7 @@ def take_part(order: Order) -> Report:
             token=order.token,
             identity=order.identity,
             deadline_seconds=cfg.link.deadline_seconds,
+            turn_seconds=cfg.run.round_seconds,
             frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         ) as session,
     ):

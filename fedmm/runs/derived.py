@@ -54,6 +54,11 @@ def per_round(cfg: Any) -> int:
     return min(cfg.clients_per_round or cfg.clients, 1 if cfg.pooled else cfg.clients)
 
 
+def sessions(cfg: Config) -> int:
+    """How many sessions the host has: a client has one at most."""
+    return min(cfg.link.sessions, cfg.clients)
+
+
 def own_rank(cfg: Config, client: int) -> int:
     """The rank of a client's NanoAdapters."""
     return cfg.edge.ranks[client % len(cfg.edge.ranks)] if cfg.edge.ranks else cfg.edge.rank
