@@ -480,8 +480,8 @@ def _read_update(client: int, frame: wire.Frame, wanted: State) -> Update:
     metrics = frame.meta.get("metrics", {})
     if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(reading.number, metrics.values())):
         raise ValueError(f"metrics must be finite numbers by name, got {ascii(metrics)[:200]}")
-    if odd := next((name for name in metrics if not METRIC_NAME.fullmatch(name)), None):
-        raise ValueError(f"a metric's name must be 1 to 40 of a-z 0-9 _, got {odd[:40]!a}")
+    if odd := [name for name in metrics if not METRIC_NAME.fullmatch(name)]:
+        raise ValueError(f"a metric's name must be 1 to 40 of a-z 0-9 _, got {odd[0][:40]!a}")
     return Update(client, delta, count, fisher if has_fisher else None, metrics)
 
 

@@ -102,6 +102,7 @@ def write(
     """
     asked = list(_asked(examples, prompts))
     there = {(c.image, c.prompt): c for c in _resume(path) if c.writer == writer.name}
+    _keep(path, b"")  # now: what cannot be kept is not asked for
     for start in range(0, len(asked), chunk):
         new = [one for one in asked[start : start + chunk] if (one.image, one.prompt) not in there]
         if not new:
@@ -109,13 +110,17 @@ def write(
         texts = writer.say([_example(examples[one.row], one.prompt) for one in new])
         made = [Caption(a.image, a.prompt, t, writer.name) for a, t in zip(new, texts, strict=True)]
         lines = "".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made)
-        with disk.named(path.parent, disk.HOME_KNOB):
-            disk.make_folder(path.parent)
-            disk.append(path, lines.encode())
+        _keep(path, lines.encode())
         there |= {(caption.image, caption.prompt): caption for caption in made}
         if noted and start // chunk % NOTED_CHUNKS == 0:
             noted(f"{len(there)} texts of {len(asked)} about open images are in {path}")
     return [there[one.image, one.prompt] for one in asked]
+
+
+def _keep(path: Path, lines: bytes) -> None:
+    with disk.named(path.parent, disk.HOME_KNOB):
+        disk.make_folder(path.parent)
+        disk.append(path, lines)
 
 
 def keep(

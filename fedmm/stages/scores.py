@@ -139,6 +139,8 @@ class _Kept:
         about = json.dumps([fingerprint(model, processor, prompt), *names])
         self._file = folder / f"scores_{hashlib.sha256(about.encode()).hexdigest()[:16]}.jsonl"
         self._names = names
+        with disk.named(folder, disk.HOME_KNOB):
+            disk.make_folder(folder)
         lines = mend(self._file).split(b"\n") if self._file.exists() else []
         self.rows = dict(self._row(number, raw) for number, raw in enumerate(lines, 1) if raw.strip())
 
@@ -148,7 +150,6 @@ class _Kept:
             for (image, question), row in rows.items()
         ]
         with disk.named(self._file.parent, disk.HOME_KNOB):
-            disk.make_folder(self._file.parent)
             disk.append(self._file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     def _row(self, number: int, raw: bytes) -> tuple[tuple[str, str], list[float]]:
