@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, SMALL, served, some_examples
+from conftest import DATA, SMALL, run, served, some_examples
 from flwr.app import Context, Message, RecordDict
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from fedmm.edge import parts
 from fedmm.edge.prepare import prepare
 from fedmm.flower import client_app, messages
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.llm import tls
-from fedmm.runs import config, reasons, targets
+from fedmm.runs import build, config, reasons, targets
+from fedmm.runs import client as client_side
 from fedmm.runs.client import Order, Report
+from fedmm.runs.derived import private_sets
+from fedmm.runs.site import _below
 from fedmm.types import READ_PATH
 
 SECRET = "sk-0123-secret"
@@ -101,6 +107,7 @@ CHAIN = "{_target_:fedmm.cli.main,argv:[compare,RECORDS,--into,FILE]}"  # each o
         "+hydra.searchpath=[file:///tmp]",
         "+dataset@rule=scenes",
         "method.step._target_=${label}",
+        "+captions.a=${label}${label}",
     ],
 )
 def test_an_order_names_only_targets_that_conf_lists_there(backbone, host, tmp_path, override):
@@ -198,27 +205,149 @@ def test_an_order_that_is_none_is_refused(backbone, host, changes):
 
 
 def test_a_site_insists_on_settings(backbone, host, monkeypatch):
-    monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense evaluate.predictions=false nothing=1")
-    assert messages.read_lost(sent(order(host, asked(backbone)))) == reasons.told("site", 3)
-    monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense")
-    agreed = [*asked(backbone), "link.local=dense"]
-    assert report_of(sent(order(host, agreed))).scores
+    monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense evaluate.predictions=false edge.ranks=[4] nothing=1")
+    assert messages.read_lost(sent(order(host, asked(backbone)))) == reasons.told("site", 4)
+    monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense evaluate.predictions=false optimizer.lr=3e-3 edge.ranks=null")
+    agreed = [*asked(backbone), "link.local=dense", "evaluate.predictions=false", "optimizer.lr=0.003"]
+    assert report_of(sent(order(host, agreed, answers=False))).scores
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "value"),
+    ("extra", "changes"),
     [
-        ("config.json", "auto_map", {"AutoConfig": "evil/repo--config.Config"}),
-        ("config.json", "vision_config", {"_attn_implementation": "evil/kernels"}),
-        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["evil/repo--t.T", None]}),
+        (["link.tls=always"], {"identity": None}),
+        (["link.address=trusted.example:443"], {}),
+        (["evaluate.predictions=false"], {}),  # and asks for answers
+        ([], {"address": "unix:/run/some.sock"}),
+        ([], {"address": "dns://1.1.1.1/host:1"}),
+        ([], {"round": 4}),
+        ([], {"round": 0}),
+        ([], {"kept_round": 3}),
+        ([], {"kept_round": -1}),
     ],
 )
-def test_a_client_loads_no_code_that_a_host_names(llava, file, key, value):
-    frozen = parts.take(*llava)
-    said = json.loads(frozen[f"file/{file}"].numpy().tobytes()) | {key: value}
-    frozen[f"file/{file}"] = torch.tensor([*json.dumps(said).encode()], dtype=torch.uint8)
-    with pytest.raises(ValueError, match=f"the host's {file} names code to load"):
-        parts.build(frozen)
+def test_an_order_says_what_its_settings_say(backbone, host, extra, changes):
+    """Found in a review: a required setting held in the overrides, and the order's other fields did otherwise."""
+    reply = sent(order(host, [*asked(backbone), *extra], **changes))
+    assert messages.read_lost(reply) == reasons.told("order", 1)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "clients=1000000000",
+        "rounds=1000000000",
+        "edge.rank=1000000000",
+        "link.deadline_seconds=1e12",
+        "+captions.a=" + 200_000 * "x",
+    ],
+)
+def test_an_order_beyond_all_bounds_is_refused_at_once(backbone, host, override):
+    reply = sent(order(host, [*asked(backbone), override]))
+    assert messages.read_lost(reply) == reasons.told("settings", 1)
+
+
+def test_an_order_cannot_have_what_a_client_keeps_sent(backbone, tmp_path, monkeypatch):
+    """Found in a review: what one schema keeps, an order with another schema loaded into a set that travels."""
+    here = run(backbone, tmp_path / "run", "arm=fedsa_lora", "rounds=1")
+    id = json.loads((here / "environment.json").read_text())["run"]
+    cfg = config.compose([*asked(backbone), "rounds=3"])
+    edge = build.server_edge(cfg, build.whole(cfg))
+    asks = Order(overrides=(), run=id, round=2, client=0, address="", token="", kept_round=1)
+    with pytest.raises(reasons.Lost, match="local adapters of round 1 are not under"):
+        client_side._kept(config.compose([*asked(backbone), "schema=share_a"]), edge, replace(asks, run="b" * 32))
+    kept = client_side._kept(config.compose([*asked(backbone), "schema=share_a", "rounds=3"]), edge, asks)
+    assert set(kept) == {"shared.image.up", "shared.text.up"}
+    everything_travels = config.compose([*asked(backbone), "schema=all", "rounds=3"])
+    assert client_side._kept(everything_travels, edge, asks) == {}
+    feddat = config.compose([*asked(backbone), "arm=feddat", "rounds=3"])
+    with pytest.raises(reasons.Lost, match="is kept by another schema"):
+        client_side._kept(feddat, build.server_edge(feddat, build.whole(feddat)), asks)
+
+
+def test_the_frozen_copy_of_what_a_client_keeps_is_private_too():
+    cfg = config.compose(["arm=feddat", "schema=share_a"])
+    assert private_sets(cfg) == {"local", "shared", "frozen"}
+
+
+def test_an_order_downloads_nothing_unless_the_site_says_so(backbone, host, monkeypatch):
+    kept = [o for o in asked(backbone) if not o.startswith("dataset.")]
+    reply = sent(order(host, [*kept, "dataset=cifar10_lt"]))
+    assert messages.read_lost(reply) == reasons.told("site", 1)
+
+
+def test_a_path_that_may_not_be_looked_at_is_not_below_the_root(monkeypatch, tmp_path):
+    """Found in a review: the error came back as another reason, and so told which folders there are."""
+
+    def refuses(self):
+        raise PermissionError(SECRET)
+
+    monkeypatch.setattr(Path, "exists", refuses)
+    assert not _below(Path("/root/x"), tmp_path) and not _below(Path("x" * 300), tmp_path)
+
+
+def saying(frozen, file: str, **changes):
+    said = json.loads(frozen[f"file/{file}"].numpy().tobytes()) | changes
+    return frozen | {f"file/{file}": torch.tensor([*json.dumps(said).encode()], dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        ("config.json", {"model_type": "clip"}, "the host's model is"),
+        ("config.json", {"vision_config": {"model_type": "timm_wrapper"}}, "the host's model is"),
+        ("config.json", {"auto_map": {"AutoConfig": "evil/repo--config.Config"}}, None),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}, None),
+        ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "vocab": "SECRETS"}, None),
+        ("tokenizer_config.json", {"gguf_file": "SECRETS", "vocab_file": "SECRETS"}, None),
+        ("tokenizer_config.json", {"unk_token": ["SECRETS"]}, "as its unk_token, wanted a text"),
+        (
+            "processor_config.json",
+            {"image_processor": {"image_processor_type": "OneFormerImageProcessor", "class_info_file": "SECRETS"}},
+            "image processor is 'OneFormerImageProcessor'",
+        ),
+    ],
+)
+def test_a_client_builds_known_classes_and_opens_nothing_that_a_host_names(
+    llava, tmp_path, monkeypatch, file, changes, says
+):
+    """Found in a review: a tokenizer of another class took a path, so the host learnt which lines a site's file has."""
+    (secrets := tmp_path / "secrets.txt").write_text("550018\n")
+    changes = json.loads(json.dumps(changes).replace("SECRETS", str(secrets)))
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    frozen = saying(parts.take(*llava), file, **changes)
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        processor = parts.build(frozen)[1]
+        processor.pixels([Image.new("RGB", (16, 16))])
+        assert type(processor.tokenizer) is PreTrainedTokenizerFast
+    assert not any(str(secrets) in path for path in opened)
+
+
+def test_the_tokenizer_of_a_client_is_the_servers(llava):
+    """It is built from tokenizer.json and the names of special tokens alone."""
+    own, its = llava[1].tokenizer, parts.build(parts.take(*llava))[1].tokenizer
+    texts = ["<image> which digit is red ?", "one two", "never seen", ""]
+    assert own(texts)["input_ids"] == its(texts)["input_ids"]
+    assert own(texts, add_special_tokens=False)["input_ids"] == its(texts, add_special_tokens=False)["input_ids"]
+    ids = [[1, 5, 6, 2], [3, 4, 0]]
+    assert own.batch_decode(ids, skip_special_tokens=True) == its.batch_decode(ids, skip_special_tokens=True)
+    assert [own.eos_token_id, own.unk_token_id, own.pad_token_id] == [2, 3, 0]
+    assert [its.eos_token_id, its.unk_token_id, its.pad_token_id] == [2, 3, 0]
+
+
+def test_a_panic_in_a_library_leaves_as_a_reason(backbone, host, monkeypatch):
+    """Rust's panics are no Exception: one in the host's tokenizer.json ended the client's process without a reply."""
+
+    class Panic(BaseException):
+        pass
+
+    def panics(*_):
+        raise Panic(SECRET)
+
+    monkeypatch.setattr(parts, "_tokenizer", panics)
+    reply = sent(order(host, asked(backbone)))
+    assert messages.read_lost(reply) == reasons.told("backbone", 1) and SECRET not in everything(reply)
 
 
 def test_a_prompt_of_the_host_is_no_format_string(processor):
@@ -237,7 +366,3 @@ def test_every_listed_target_says_what_it_reads(target):
     hints = targets.hints_of(targets.locate(target))
     for name in hints.keys() & {"path", "folder", "file", "files", "dir", "root", "ids"}:
         assert hints[name] is Path or READ_PATH in str(hints[name]), f"{target}: {name} must be a ReadPath"
-
-
-def test_a_reference_to_another_setting_stays_allowed():
-    assert config.compose(["rule=stack", "rule.seed=${clients}"]).rule.seed == 5

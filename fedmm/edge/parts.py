@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 _COMPACT = "file/compact.json"  # the plan of a compact encoder, where there is one
 _FILES = (".json", ".jinja", ".model", ".txt")  # what a processor may consist of
+_VISION_MODELS = ("clip_vision_model", "siglip_vision_model", "dinov2")
+_IMAGE_PROCESSORS = tuple(
+    f"{name}ImageProcessor{kind}" for name in ("CLIP", "Siglip", "Bit") for kind in ("", "Fast", "Pil")
+)
+"""What a client builds from the host's files: classes that take numbers from them, and open no path or address."""
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def take(model: LlavaForConditionalGeneration, processor: ProcessorMixin) -> State:
@@ -130,7 +136,9 @@ def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
         return Encoder(compact, layer=0, drop_first=False)
     config = _config(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
-    tower = AutoModel.from_config(config.vision_config, dtype=torch.float32, trust_remote_code=False)
+    tower = AutoModel.from_config(
+        config.vision_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     _load(tower, "encoder", parts)
     drop_first = config.vision_feature_select_strategy == "default"
     return Encoder(tower, layer=config.vision_feature_layer, drop_first=drop_first)
@@ -151,14 +159,12 @@ def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tens
 
 
 def _processor(parts: Mapping[str, torch.Tensor]) -> Processor:
-    from transformers import AutoTokenizer
-
     config = _config(parts)
     numbers = json.loads(parts["file/processor_config.json"].numpy().tobytes())
     side = config.vision_config.image_size // numbers["patch_size"]
     first = numbers.get("num_additional_image_tokens", 0) - (numbers["vision_feature_select_strategy"] == "default")
     return Processor(
-        _from_files(AutoTokenizer, parts),
+        _tokenizer(parts),
         placeholder=config.image_token_id,
         places=side * side + first,
         load_images=functools.cache(functools.partial(_images, parts)),
@@ -171,7 +177,32 @@ def _images(parts: Mapping[str, torch.Tensor]) -> Any:
         return lambda images, return_tensors: {"pixel_values": pixels(images, side)}
     from transformers import AutoImageProcessor
 
-    return _from_files(AutoImageProcessor, parts)
+    kind = _file(parts, "processor_config.json").get("image_processor", {}).get("image_processor_type")
+    if kind not in _IMAGE_PROCESSORS:
+        raise ValueError(f"the host's image processor is {kind!r}; a client runs {', '.join(_IMAGE_PROCESSORS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = parts["file/processor_config.json"].numpy().tobytes()
+        (Path(folder) / "processor_config.json").write_bytes(raw)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _tokenizer(parts: Mapping[str, torch.Tensor]) -> Any:
+    """The tokenizer, from its one file and the names of its special tokens; no other field of the host's is used."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if "file/tokenizer.json" not in parts:
+        raise ValueError("the host's tokenizer has no tokenizer.json; give the server a model with a fast tokenizer")
+    config = _file(parts, "tokenizer_config.json")
+    special = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
+    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
+    if odd := [name for name, token in special.items() if not isinstance(token, str)]:
+        raise ValueError(f"the host's tokenizer has {special[odd[0]]!r} as its {odd[0]}, wanted a text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(parts["file/tokenizer.json"].numpy().tobytes().decode()),
+        clean_up_tokenization_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
+        **special,
+    )
 
 
 def _as_tensor(raw: bytes) -> torch.Tensor:
@@ -183,38 +214,26 @@ def _plan(parts: Mapping[str, torch.Tensor]) -> Plan:
 
 
 def _config(parts: Mapping[str, torch.Tensor]) -> Any:
-    from transformers import AutoConfig
+    """The model's configuration, if it is one that clients know: transformers has classes that load files, or models
+    of a hub, by names that their configuration holds."""
+    from transformers import LlavaConfig
 
-    return _from_files(AutoConfig, parts)
-
-
-def _from_files(auto: Any, parts: Mapping[str, torch.Tensor]) -> Any:
-    """What one of transformers' Auto classes makes of the files among the parts. Raises ValueError for other files."""
-    names = [name.removeprefix("file/") for name in parts if name.startswith("file/")]
-    if bad := [name for name in names if Path(name).name != name or Path(name).suffix not in _FILES]:
-        raise ValueError(f"the host sent files that are no processor's: {bad}")
-    for name in names:
-        if name.endswith(".json") and (odd := _code_named(json.loads(parts[f"file/{name}"].numpy().tobytes()))):
-            raise ValueError(
-                f"the host's {name} names code to load, {odd}; a client runs the library's own classes alone"
-            )
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            (Path(folder) / name).write_bytes(parts[f"file/{name}"].numpy().tobytes())
-        return auto.from_pretrained(folder, trust_remote_code=False)
+    config = _file(parts, "config.json")
+    vision = config.get("vision_config")
+    kinds = config.get("model_type"), vision.get("model_type") if isinstance(vision, dict) else None
+    if kinds[0] != "llava" or kinds[1] not in _VISION_MODELS:
+        raise ValueError(f"the host's model is {kinds}; a client runs llava with {', '.join(_VISION_MODELS)}")
+    return LlavaConfig.from_dict(config)
 
 
-def _code_named(value: Any) -> str | None:
-    """What of a file's values would have transformers load code that the file names, as `auto_map` or an attention
-    kernel of a hub do; None where there is nothing."""
-    if isinstance(value, list):
-        return next(filter(None, map(_code_named, value)), None)
+def _file(parts: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
+    """One of the host's JSON files. Raises ValueError where it is missing or no object."""
+    if f"file/{name}" not in parts:
+        raise ValueError(f"the host sent no {name}")
+    value = json.loads(parts[f"file/{name}"].numpy().tobytes())
     if not isinstance(value, dict):
-        return None
-    for key, inner in value.items():
-        if "auto_map" in key or ("_implementation" in key and "/" in str(inner)):
-            return f"{key}={inner}"[:200]
-    return _code_named(list(value.values()))
+        raise ValueError(f"the host's {name} is no JSON object")
+    return value
 
 
 def _load(module: nn.Module, part: str, parts: Mapping[str, torch.Tensor]) -> None:

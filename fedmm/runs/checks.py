@@ -16,13 +16,16 @@ from fedmm.edge import schema as schemas
 from fedmm.edge.adapters import cut
 from fedmm.runs import targets
 from fedmm.runs.derived import at_client, is_loopback, own_rank, per_round, zeros
-from fedmm.runs.settings import AT_LEAST, ONE_OF, SETS, Config, ConfigError
+from fedmm.runs.settings import AT_LEAST, AT_MOST, ONE_OF, SETS, Config, ConfigError
 from fedmm.runs.targets import locate, make
 from fedmm.types import State, Update
 
 
-def mistakes(cfg: Config) -> Iterator[str]:
-    """Every mistake, one line each."""
+def mistakes(cfg: Config, *, rehearse: bool = True) -> Iterator[str]:
+    """Every mistake, one line each. Without `rehearse` the rule is not called: it is the server's."""
+    if too_much := list(_too_much(cfg)):  # nothing below bears it
+        yield from too_much
+        return
     for part in (_settings, _adapters, _head, _stages, _method, _rule, _groups):
         yield from part(cfg)
     whole = True
@@ -30,8 +33,15 @@ def mistakes(cfg: Config) -> Iterator[str]:
         for mistake in targets.mistakes(path, node):
             whole &= path.split(".")[0] not in ("rule", "schema")
             yield mistake
-    if whole:
+    if whole and rehearse:
         yield from _rehearse(cfg)
+
+
+def _too_much(cfg: Config) -> Iterator[str]:
+    for path, high in AT_MOST.items():
+        value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
+        if isinstance(value, int | float) and value > high:
+            yield f"{path} must be at most {high:,}, got {value:,}"
 
 
 def _settings(cfg: Config) -> Iterator[str]:

@@ -40,7 +40,7 @@ from fedmm.runs.build import (
 )
 from fedmm.runs.claims import Claims
 from fedmm.runs.config import load
-from fedmm.runs.derived import at_client, kept, scale
+from fedmm.runs.derived import at_client, private_sets, scale
 from fedmm.runs.reasons import Lost, Reason, because
 from fedmm.runs.settings import Config
 from fedmm.runs.targets import make
@@ -140,7 +140,7 @@ def take_part(order: Order) -> Report:
     """Do what `order` asks. Raises Lost where it cannot; what may leave of that is the reason and the count alone."""
     began = time.perf_counter()
     with because(Reason.SETTINGS):
-        cfg = load(order.overrides)
+        cfg = load(order.overrides, rehearse=False)
     torch.set_num_threads(cfg.threads)
     with (
         because(Reason.TRAINING),
@@ -219,7 +219,7 @@ def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Sessio
     edge, processor = build_edge(cfg, parts, client=client, encoder=encoder is None, table=parts.rows("table"))
     codec = cfg.link.codec
     codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
-    private = sorted({name.split(".")[0] for name in kept(cfg)}) if cfg.link.local == "dense" else []
+    private = sorted(private_sets(cfg)) if cfg.link.local == "dense" else []
     llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, private=private, codecs=codecs)
     model = Model(edge, llm, cfg.link.loss, private, card["stop_tokens"])
     return of_llm(model, processor, card["prompt"], encoder)
@@ -251,8 +251,13 @@ def _load_sets(cfg: Config, edge: Edge, order: Order, arrived: State) -> None:
 
 
 def _kept(cfg: Config, edge: Edge, order: Order) -> State:
-    """What this client kept when it last took part, which may be nothing."""
-    if not schemas.kept(make(cfg.schema), cfg.rounds, edge.named(), order.kept_round):
+    """What this client kept when it last took part, which may be nothing.
+
+    Raises Lost where what lies there is not what this order's schema keeps: an order with another schema would have it
+    sent.
+    """
+    keeps = schemas.kept(make(cfg.schema), cfg.rounds, edge.named(), order.kept_round)
+    if not keeps:
         return {}
     kept = home.load_kept(order.run, order.client, order.kept_round)
     if kept is None:
@@ -261,6 +266,8 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
             f"client {order.client}'s local adapters of round {order.kept_round} are not under {home.home()}; "
             "point FEDMM_HOME to the folder they were kept in, or start a new run",
         )
+    if odd := kept.keys() ^ {*keeps}:
+        raise Lost(Reason.KEPT, f"{min(odd)} is kept by another schema than the order's, or not at all")
     return kept
 
 

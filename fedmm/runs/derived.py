@@ -77,6 +77,12 @@ def kept(cfg: Any) -> list[str]:
     return schemas.kept(schema, cfg.rounds, names)
 
 
+def private_sets(cfg: Config) -> set[str]:
+    """The sets that hold something a client keeps; the frozen copy of such a shared set is one of them."""
+    sets = {name.split(".")[0] for name in kept(cfg)}
+    return sets | ({"frozen"} if "shared" in sets else set())
+
+
 def zeros(cfg: Any) -> State:
     """A set of adapters with the names and ranks of this run's, one wide; one inside edge or LLM stands for all."""
     R, r, inner = max(cfg.edge.rank, 0), max(cfg.edge.lora.rank, 0), (cfg.get("inner") or {}).get("rank", 0)

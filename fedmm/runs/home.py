@@ -139,7 +139,9 @@ def load_parts(digest: str) -> Mapped | None:
 
 
 def save_parts(digest: str, parts: State) -> None:
-    """Keep the frozen parts. Raises ValueError where they have another hash."""
+    """Keep the frozen parts. Raises ValueError where they have another hash, or odd names, which could imitate one."""
+    if odd := [name for name in parts if not re.fullmatch(r"[\w./-]{1,256}", name, re.ASCII)]:
+        raise ValueError(f"the host's frozen parts have a tensor with the name {odd[0][:100]!r}")
     if (came := tree.digest(parts)) != digest:
         raise ValueError(f"the host's frozen parts have hash {came[:12]}, its card says {digest[:12]}")
     save(parts, _parts(digest))

@@ -39,19 +39,18 @@ class Reason(StrEnum):
 
 
 _WORDS = {
-    Reason.ORDER: "it cannot read the order, or the order is for another client; run the same fedmm at both",
-    Reason.SETTINGS: "the order's settings do not compose there; run the same fedmm, with the same conf/, at both",
-    Reason.SITE: "the site does not allow what the order asks: targets (FEDMM_ALLOW_TARGETS), data paths (FEDMM_DATA), "
-    "settings it insists on (FEDMM_REQUIRE)",
-    Reason.DATA: "it cannot read or divide its data",
-    Reason.BACKBONE: "its backbone is not the server's, or cannot be loaded",
-    Reason.KEPT: "what it kept from an earlier round is not there; its FEDMM_HOME may have moved",
-    Reason.HOST_GONE: "it does not reach the host, or the host did not answer; see link.address and the server's log",
-    Reason.HOST_REFUSED: "the host refused what it sent; the server's log has the reason",
-    Reason.MEMORY: "its memory is full; lower batch_size",
-    Reason.DISK: "its disk is full or cannot be written to",
-    Reason.TRAINING: "its training or scoring failed",
-    Reason.FAULT: "it failed in a way that has no reason of its own",
+    Reason.ORDER: "the site cannot use the order: it is another client's, or another version of fedmm wrote it",
+    Reason.SETTINGS: "the site refuses the order's settings; use the same fedmm and conf/ at server and site",
+    Reason.SITE: "the site's policy forbids what the order asks (FEDMM_DATA, FEDMM_ALLOW_HUB, FEDMM_REQUIRE)",
+    Reason.DATA: "the site cannot read its data, or cannot divide them among clients",
+    Reason.BACKBONE: "the site cannot build its part of the model, or its model is not the server's",
+    Reason.KEPT: "the site has no local adapters of that round that fit the order; its FEDMM_HOME may have moved",
+    Reason.HOST_GONE: "the site does not reach the host, or it did not answer; see link.address and the server's log",
+    Reason.HOST_REFUSED: "the host refused what the site sent; see the server's log",
+    Reason.MEMORY: "the site's memory is full; lower batch_size",
+    Reason.DISK: "the site's disk is full or read-only",
+    Reason.TRAINING: "training or scoring failed at the site",
+    Reason.FAULT: "an unexpected error at the site",
 }
 
 
@@ -65,23 +64,23 @@ class Lost(FedmmError):
 
 @contextmanager
 def because(reason: Reason) -> Iterator[None]:
-    """Give an exception this reason, unless it has a better one. Raises Lost, from the exception."""
+    """Raises Lost, from any exception inside: with `reason`, or with the one that the exception's kind always has."""
     try:
         yield
-    except Lost:
+    except (Lost, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic in a library's Rust is no Exception
         count = len(str(error).splitlines()) if isinstance(error, ConfigError) else 1  # it holds a mistake a line
         raise Lost(_known(error) or reason, str(error), count) from error
 
 
 def told(reason: str, count: int) -> str:
     """The words for a reason that came from a client. Raises ValueError for one that is not on the list."""
-    return f"{Reason(reason).says} ({count} in all; the site's log says more)"
+    return f"{Reason(reason).says} (mistakes: {count}; the site's log has the text)"
 
 
-def _known(error: Exception) -> Reason | None:
-    """The reason that a kind of exception has wherever it is raised."""
+def _known(error: BaseException) -> Reason | None:
+    """The reason for a kind of exception that means the same wherever it is raised."""
     if isinstance(error, OSError):
         return Reason.DISK if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else None
     kinds = (

@@ -194,3 +194,10 @@ AT_LEAST = {
     "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0, "run.max_examples": 1,
     "run.report_limit_mb": 1,
 }  # fmt: skip
+AT_MOST = {
+    "clients": 100_000, "rounds": 100_000, "epochs": 100_000, "batch_size": 1 << 16, "threads": 1024,
+    "edge.rank": 1 << 14, "edge.lora.rank": 1 << 14, "inner.rank": 1 << 14, "evaluate.batch_size": 1 << 16,
+    "evaluate.max_tokens": 1 << 16, "link.frame_limit_mb": 1 << 16, "link.deadline_seconds": 86_400,
+    "link.sessions": 100_000, "run.round_seconds": 30 * 86_400,
+}  # fmt: skip
+"""Far above any use: an order over these would take a site's memory or days before it fails."""

@@ -1,4 +1,4 @@
-"""Nodes that name a target: which may be named, whether their arguments are there and of their types, and making them.
+"""Nodes that name a target: which targets are allowed, whether their arguments are complete and typed, and making them.
 
 A target is a function's name, and a run calls it. So a configuration may name only what a file of `conf/` names at the
 same place (`rule`, `method.step`, `dataset.of.*`), and what this machine's FEDMM_ALLOW_TARGETS adds to those places.
@@ -59,7 +59,7 @@ def unlisted(cfg: DictConfig) -> Iterator[str]:
     for place, node in _walk("", cfg, _place):
         target, listed = str(node["_target_"]), _listed().get(place, frozenset())
         if not listed:
-            yield f"{place} may name no _target_, got {target}; a file of conf/ that names one there allows it"
+            yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
         elif not _admitted(target, listed):
             yield (
                 f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(listed))} there, and "
@@ -67,9 +67,9 @@ def unlisted(cfg: DictConfig) -> Iterator[str]:
             )
 
 
-def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """What these groups read from this machine's disk: each setting that names such a path, with its value, but for
-    the values that a file of `conf/` has at the same place (public datasets by name)."""
+def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """What these groups read from this machine's disk or from a hub: each setting that names it, its value, and
+    whether a file of `conf/` has the same value at the same place, as for a public dataset."""
     whole = typing.cast(DictConfig, cfg)
     for (path, node), (place, _) in zip(_walk("", whole), _walk("", whole, _place), strict=True):
         if path.split(".")[0] in groups:
@@ -77,7 +77,7 @@ def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
             for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
                 values = node[name].values() if isinstance(node[name], DictConfig) else [node[name]]
                 known = _values().get(f"{place}.{name}", frozenset())
-                yield from ((f"{path}.{name}", str(v)) for v in values if v is not None and str(v) not in known)
+                yield from ((f"{path}.{name}", str(v), str(v) in known) for v in values if v is not None)
 
 
 @functools.cache
@@ -165,7 +165,7 @@ def mistakes(path: str, node: DictConfig) -> Iterator[str]:
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of its arguments, with what `Annotated` says of them; not of one whose type only a checker can name."""
+    """The types of a function's arguments, with `Annotated`; without types that are imported for type checkers only."""
     plain: Any = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
     found: dict[str, Any] = {}
     for name, hint in getattr(plain, "__annotations__", {}).items():
