@@ -267,6 +267,37 @@ def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm
         model(batch)
 
 
+@pytest.mark.parametrize(("options", "steps"), [({"graph_bytes": 1}, 4), ({}, 2)])
+def test_no_graph_outlives_its_session(llava, edge, local_llm, batch, options, steps):
+    """Graphs over the bound, and graphs whose backward never came. The collector does not see a graph that holds itself."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    layer = local_llm.decoder.layers[0]
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    with served(llava, edge, local_llm, **options) as (host, _):
+        for _ in range(3):
+            with visiting(host) as session:
+                for step in range(steps):
+                    ask(session, step_tensors(batch, edge), "forward", step=step)
+        deadline = time.monotonic() + 10
+        while any(output() is not None for output in seen) and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.01)
+    hook.remove()
+    assert len(seen) == 3 * steps and not any(output() is not None for output in seen)
+
+
+def test_a_step_number_that_waits_for_its_backward_is_not_taken_again(llava, edge, local_llm, batch):
+    """Or the bound of pending steps would never hold."""
+    with served(llava, edge, local_llm, pending=2) as (host, _), visiting(host) as session:
+        tensors = step_tensors(batch, edge)
+        logits_BAV = ask(session, tensors, "forward", step=1)["logits"]
+        with pytest.raises(HostRefused, match="step 1 already waits for its backward"):
+            ask(session, tensors, "forward", step=1)
+        grad = session.call("backward", {"grad": torch.ones_like(logits_BAV)}, step=1).tensors["grad/whole.0"]
+        assert grad.abs().sum() > 0, "the first one is still there"
+        ask(session, tensors, "forward", step=1)
+
+
 def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, batch):
     local = Model(edge, local_llm)
     local(batch).sum().backward()

@@ -295,7 +295,7 @@ def _with_graph(llm: LocalLLM, rows: Rows) -> tuple[Tensor, Tensor, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own node where an operation saves its output: a leak
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         leaf = rows.embeds_BTD.detach().requires_grad_()

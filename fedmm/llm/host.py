@@ -336,6 +336,8 @@ class Host:
         keep_BA, number = self._read.keep(frame, step.mask_BT), reading.integer(frame, "step")
         if len(step.branches) != 1:
             raise ValueError(f"forward takes one branch, got {len(step.branches)}")
+        if number in visit.pending:
+            raise ValueError(f"step {number} already waits for its backward; give each forward a number of its own")
         if step.leaves and len(visit.pending) >= self._pending_limit:
             raise ValueError(
                 f"{len(visit.pending)} steps wait for their backward, at most {self._pending_limit}; "
