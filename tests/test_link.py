@@ -269,11 +269,11 @@ def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm
 
 @pytest.mark.parametrize(("options", "steps"), [({"graph_bytes": 1}, 4), ({}, 2)])
 def test_no_graph_outlives_its_session(llava, edge, local_llm, batch, options, steps):
-    """Graphs over the bound, and graphs whose backward never came. The collector does not see a graph that holds itself."""
+    """Graphs over the bound, and graphs whose backward never came. Python's collector does not see a C++ cycle."""
     seen: list[weakref.ref[torch.Tensor]] = []
     layer = local_llm.decoder.layers[0]
-    hook = layer.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
     with served(llava, edge, local_llm, **options) as (host, _):
+        hook = layer.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
         for _ in range(3):
             with visiting(host) as session:
                 for step in range(steps):

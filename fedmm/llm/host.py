@@ -28,6 +28,7 @@ from fedmm.edge.schema import without_images
 from fedmm.llm import reading, tls, wire
 from fedmm.llm.engine import Begun, Engine, Rows
 from fedmm.llm.features import Features, FeaturesMissing
+from fedmm.llm.footprint import Footprint, Shape, default_limit_bytes
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.reading import Reader
 from fedmm.losses import answer_cross_entropy, branch_losses
@@ -66,6 +67,7 @@ class Host:
     `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
     makes the update safe (a journal). `edge` are the frozen parts a client runs, and `card` what it must know of them;
     `features` forms the base of factored steps.
+    `step_memory_bytes` is the most that one step may take; None: by what is free (`footprint.default_limit_bytes`).
     With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
@@ -85,13 +87,17 @@ class Host:
         merge_rows: int = 0,
         merge_wait_seconds: float = 0.01,
         graph_bytes: int = 1 << 30,
+        step_memory_bytes: int | None = None,
         frame_limit_bytes: int = 1 << 30,
         deadline_seconds: float = 60.0,
     ) -> None:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
         self._features = features
-        self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features, frame_limit_bytes)
+        footprint = Footprint.measured(llm, step_memory_bytes or default_limit_bytes(llm.device, workers, graph_bytes))
+        self._read = Reader(
+            llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes
+        )
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._engine = Engine(
             llm,
@@ -100,6 +106,7 @@ class Host:
             merge_wait_seconds=merge_wait_seconds,
             wait_seconds=deadline_seconds / 2,  # whoever waits must hear of it before giving up
             graph_bytes=graph_bytes,
+            footprint=footprint,
             crowd=lambda: len(self._visits),
         )
         self._authority = authority
@@ -345,10 +352,10 @@ class Host:
             )
         (rows,) = _rows(step, keep_BA)
         if step.leaves:
-            visit.pending[number] = (step, begun := self._engine.begin(rows))
+            visit.pending[number] = (step, begun := self._engine.begin(rows, visit.client))
             logits_BAV, seconds = begun.logits_BAV, begun.seconds
         else:
-            passed = self._engine.run([rows])
+            passed = self._engine.run([rows], client=visit.client)
             logits_BAV, seconds = passed.logits[0], passed.seconds
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(keep_BA)
@@ -378,14 +385,15 @@ class Host:
             return torch.stack(branch_losses(logits, labels_BA.to(self._llm.device), mutual, reduction))
 
         rows = _rows(step, keep_BA)
-        passed = self._engine.run(rows, values, grad=bool(step.leaves))
+        pairs = len(keep_BA) * len(rows) * (len(rows) - 1) if mutual else 0
+        passed = self._engine.run(rows, values, grad=bool(step.leaves), pairs=pairs, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA) * len(rows)
         tensors = {"losses": passed.values, **_gradients(rows, step.leaves, passed.grads)}
         return self._written("loss", tensors, frame, visit, step.summed())
 
     def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
+        step = self._read.step(frame, visit.client, grad=True)
         keep_BA = self._read.keep(frame, step.mask_BT)
         labels_BA = self._read.labels(frame, keep_BA).to(self._llm.device)
         if len(step.branches) != 1:
@@ -394,7 +402,7 @@ class Host:
         def values(logits: list[Tensor]) -> Tensor:
             return answer_cross_entropy(logits[0], labels_BA, reduction="sum")
 
-        passed = self._engine.run(_rows(step, keep_BA), values, grad=True)
+        passed = self._engine.run(_rows(step, keep_BA), values, grad=True, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA)
         found = step.branches[0].squares(passed.grads[0])
@@ -405,14 +413,17 @@ class Host:
         return self._written("squares", tensors, frame, visit)
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
-        if len(step.branches) != 1:
-            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
-        terms, max_tokens = self._read.token_terms(frame), reading.integer(frame, "max_tokens")
+        max_tokens = reading.integer(frame, "max_tokens")
         if not 1 <= max_tokens <= 1024:
             raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
+        step = self._read.step(frame, visit.client, tokens=max_tokens)
+        if len(step.branches) != 1:
+            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
+        terms, (B, T) = self._read.token_terms(frame), step.mask_BT.shape
         tokens_BN, seconds = self._engine.alone(
-            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens)
+            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens),
+            Shape(B, T, tokens=max_tokens),
+            visit.client,
         )
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(tokens_BN)
