@@ -9,10 +9,11 @@ import torch
 from conftest import served, visiting
 
 from fedmm.bench import served as bench
-from fedmm.llm.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes, peak_bytes
+from fedmm.llm.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import HostRefused
 from fedmm.losses import Mutual
+from fedmm.peak import peak_bytes
 from fedmm.types import Embeds
 
 SHAPES = replace(bench.SHAPES["toy"], T=256, D=128, V=500)

@@ -105,8 +105,8 @@ def test_a_session_that_waits_holds_nothing_of_what_came(link, monkeypatch):
     seen: list[weakref.ref[wire.Frame]] = []
     decode = wire.decode
 
-    def watched(chunks, limit_bytes):
-        frame = decode(chunks, limit_bytes)
+    def watched(*args):
+        frame = decode(*args)
         if frame is not None:
             seen.append(weakref.ref(frame))
         return frame
@@ -325,6 +325,20 @@ def test_a_frame_over_the_limit_is_refused(llava, edge, local_llm):
     with served(llava, edge, local_llm, frame_limit_bytes=1000) as (host, _), visiting(host) as session:
         with pytest.raises(HostRefused, match=r"at most 1000; raise link.frame_limit_mb"):
             session.call("loss", {"whole.0": torch.zeros(1000)})
+
+
+def test_a_frame_of_many_tensors_ends_its_own_session_unless_the_state_has_as_many(link, edge, monkeypatch):
+    host, taken = link
+    many = {f"x{i}": torch.zeros(0) for i in range(wire.TENSORS_LIMIT + 1)}
+    with visiting(host) as session, visiting(host, client=1) as other:
+        with pytest.raises(HostRefused, match="513 tensors in a frame, at most 512; lower batch_size"):
+            session.call("loss", many)
+        assert other.call("card").verb == "card"
+    host.open_round(1, {name: torch.zeros(1) for name in many}, [0])
+    with visiting(host) as session:
+        ones = {name: torch.ones(1) for name in many}
+        send_update(session, ones, fisher=ones)
+    assert len(taken[0].delta) == len(taken[0].fisher) == 513
 
 
 def test_an_unknown_verb_names_the_known_ones(link):

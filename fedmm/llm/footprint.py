@@ -9,19 +9,15 @@ estimate is made to be above the truth: padding counts, and so does the cache of
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fedmm import ram
 from fedmm.llm.local import LocalLLM
+from fedmm.peak import peak_bytes
 from fedmm.types import Embeds
 
 POSITIONS = (16, 32, 64)  # of the passes that are measured; no kernel that we know of changes its kind beyond
@@ -139,56 +135,6 @@ def default_limit_bytes(device: torch.device, workers: int, graph_bytes: int) ->
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram.free_bytes()
     passes = workers + (1 / SMALL if workers > 1 else 0)
     return max(LEAST_BYTES, int(SHARE * (free - graph_bytes) / passes))
-
-
-def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """The most that tensors made by `work` took at once."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Watch() as watch:
-        work()
-    return watch.peak_bytes
-
-
-class _Watch(TorchDispatchMode):
-    """Adds up the storages that operations make, for as long as they live. What an operation only views is not new."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = self._bytes = 0
-        self._live: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        given: set[int] | None = None
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._live:
-                continue
-            given = given or {own.untyped_storage()._cdata for own in _tensors((*args, *(kwargs or {}).values()))}
-            if storage._cdata not in given:
-                self._note(storage)
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def gone(_: Any) -> None:
-            del self._live[key]
-            self._bytes -= size
-
-        self._live[key] = weakref.ref(storage, gone)
-        self._bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _inputs(llm: LocalLLM, T: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -220,7 +220,7 @@ class Host:
     def _session(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         visit = self._admit(context)
         try:
-            while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
+            while (frame := wire.decode(chunks, self._frame_limit_bytes, self._tensors_limit())) is not None:
                 moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
                 with self._lock:
                     traffic = self._traffic[moved]
@@ -265,6 +265,10 @@ class Host:
         if before is not None:
             before.context.cancel()
         return visit
+
+    def _tensors_limit(self) -> int:
+        """Tensors of a client's frame: those of a step, or of an update with its Fisher."""
+        return max(wire.TENSORS_LIMIT, 2 * len(self._current))
 
     def _over(self, visit: _Visit) -> str:
         now = f"in round {self._round}" if self._round else "between rounds"

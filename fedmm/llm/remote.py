@@ -30,6 +30,7 @@ from fedmm.losses import Mutual
 from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, TokenTerm
 
 log = logging.getLogger("fedmm.link")
+_SAMPLES = 256  # whose features go up in one frame, which holds a tensor for each
 _REFILLS = 2  # times that lost features are left there again, before they go up with the step
 
 
@@ -273,9 +274,10 @@ class RemoteLLM:
         keys_BK = _keys_of([step.keys[row] for row in new])
         lacks_B = self._call("known", {"keys": keys_BK})["missing"]
         missing = [row for row, lacks in zip(new, lacks_B.tolist(), strict=True) if lacks]
-        if missing:
-            features = {f"features.{i}": step.features[row] for i, row in enumerate(missing)}
-            self._call("features", features | {"keys": _keys_of([step.keys[row] for row in missing])})
+        for start in range(0, len(missing), _SAMPLES):
+            few = missing[start : start + _SAMPLES]
+            features = {f"features.{i}": step.features[row] for i, row in enumerate(few)}
+            self._call("features", features | {"keys": _keys_of([step.keys[row] for row in few])})
         self._held |= {step.keys[row].hex() for row in new}
 
 
