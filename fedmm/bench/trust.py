@@ -61,17 +61,22 @@ SETTINGS: Mapping[Size, Setting] = {
 
 
 def cases(size: Size) -> Iterator[Case]:
-    """Every figure; at real size on an LLM of 21M parameters."""
+    """Every figure; at real size on an LLM of 21M parameters, and what is left behind by 2,000 steps on the toy."""
     torch.set_num_threads(1)  # as the host of a run
     setting = SETTINGS[size]
-    model = served.llava(setting.shapes, layers=setting.layers, heads=8, head=setting.shapes.D // 8, mlp=setting.mlp)
-    llm = LocalLLM(model)
+    left = replace(SETTINGS["toy"], steps=setting.steps, flat=setting.flat)
     for name, options in {"over the bound": {"graph_bytes": 1}, "vanished": {}}.items():
-        yield _left_behind(setting, llm, name, options)
+        yield _left_behind(left, _llm(left), name, options)
+    llm = _llm(setting)
     if _REFS.exists():
         yield from _estimates(setting, llm)
     yield from _victims(setting, llm)
     yield _frame(setting)
+
+
+def _llm(setting: Setting) -> LocalLLM:
+    shapes = setting.shapes
+    return LocalLLM(served.llava(shapes, layers=setting.layers, heads=8, head=shapes.D // 8, mlp=setting.mlp))
 
 
 def _left_behind(setting: Setting, llm: LocalLLM, name: str, options: Mapping[str, Any]) -> Case:
