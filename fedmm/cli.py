@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedmm.types import FedmmError
 
-BENCHES = ("link", "host", "memory", "aggregate", "rounds")  # modules of fedmm.bench
+BENCHES = ("link", "host", "memory", "aggregate", "rounds", "trust")  # modules of fedmm.bench
 AGAINST = "what the others are set against: an arm's label (default: FedAvg), or a setting, as fault=none"
 
 

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")  # of Linux
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # a container's bound; of version 2
+UNKNOWN_BYTES = 4 << 30  # free memory, where the system does not say
 
 
 def rss_bytes() -> int:
@@ -20,6 +23,15 @@ def peak_rss_bytes() -> int:
     if held := _status_bytes("VmHWM"):
         return held
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_bytes() -> int:
+    """What can still be taken without swapping, in this machine and in this container."""
+    found = _line_bytes(_MEMINFO, "MemAvailable") or UNKNOWN_BYTES
+    bound, used = (_CGROUP / "memory.max", _CGROUP / "memory.current")
+    if bound.exists() and used.exists() and (limit := bound.read_text().strip()).isdecimal():
+        found = min(found, max(0, int(limit) - int(used.read_text())))
+    return found
 
 
 def give_back() -> None:
@@ -35,6 +47,10 @@ def give_back() -> None:
 
 
 def _status_bytes(name: str) -> int | None:
+    return _line_bytes(_STATUS, name)
+
+
+def _line_bytes(path: Path, name: str) -> int | None:
     """None where there is no such file, or no such line: sandboxes have some of Linux's."""
-    text = _STATUS.read_text() if _STATUS.exists() else ""
+    text = path.read_text() if path.exists() else ""
     return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(f"{name}:")), None)

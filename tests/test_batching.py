@@ -15,6 +15,7 @@ from fedmm import seeds
 from fedmm.edge import parts
 from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.llm.engine import Engine, Rows
+from fedmm.llm.footprint import Footprint, Shape
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import Mutual
@@ -149,6 +150,106 @@ def test_a_batch_has_its_bound_and_the_oldest_go_first(local_llm, engine_of):
         [future.result() for future in futures]
     firsts = [rows(i).embeds_BTD[0, 0, 0].item() for i in range(8)]
     assert llm.firsts == [firsts[:1], firsts[1:4], firsts[4:7], firsts[7:]]
+
+
+class GatedLLM(LocalLLM):
+    """Notes the rows of every pass, and holds one of more than three until it is let go: so a large step takes long."""
+
+    def __init__(self, llm):
+        self.__dict__ |= llm.__dict__
+        self.passes = []
+        self.go = threading.Event()
+
+    def __call__(self, embeds, mask_BT, keep_BA):
+        self.passes.append(embeds.shape[0])
+        if embeds.shape[0] > 3:
+            self.go.wait(60)
+        return super().__call__(embeds, mask_BT, keep_BA)
+
+
+def served_in(engine, llm, jobs):
+    """Queue jobs (client, rows) one after the other while the first holds the only worker; the order of the passes."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = []
+        for i, (client, B) in enumerate(jobs):
+            futures.append(pool.submit(engine.run, [rows(0, B=B)], values(0), grad=True, client=client))
+            until(lambda i=i: len(llm.passes) == 1 and len(engine._queue) == i)
+        llm.go.set()
+        [future.result() for future in futures]
+    return llm.passes
+
+
+def test_who_sends_little_does_not_wait_behind_who_sends_much(local_llm, engine_of):
+    """Client 0 and 1 send large steps, client 2 comes last with small ones."""
+    llm = GatedLLM(local_llm)
+    order = served_in(
+        engine_of(llm, workers=1), llm, [(0, 20), (0, 21), (0, 22), (1, 30), (1, 31), (2, 1), (2, 2), (2, 3)]
+    )
+    assert order == [20, 30, 1, 2, 3, 21, 31, 22]
+
+
+def test_an_idle_client_saves_nothing_and_a_new_one_starts_where_the_others_are(local_llm, engine_of):
+    llm = GatedLLM(local_llm)
+    engine = engine_of(llm, workers=1)
+    for _ in range(20):
+        engine.run([rows(0)], values(0), grad=True, client=1)  # which client 0 has not done, nor client 2
+    engine.run([rows(0)], values(0), grad=True, client=0)
+    llm.passes.clear()
+    jobs = [(9, 20), *((client, client + 1) for _ in range(4) for client in (0, 1, 2))]
+    order = served_in(engine, llm, jobs)[1:]
+    assert order == [3, 1, 2, 1, 2, 3, 1, 1, 2, 3, 2, 3], "in turns by rows, neither 0's 19 steps first nor 2's 21"
+
+
+def test_large_steps_do_not_hold_every_worker_against_a_small_one(llava, local_llm, edge):
+    """Over the real link: two clients hold both workers, and a third has its step done meanwhile, with its own bits."""
+    llm, small = GatedLLM(local_llm), rows(0, B=2)
+    labels_BA = torch.ones(2, 2, dtype=torch.int64)
+
+    def step(session, own):
+        tensors = {
+            "whole.0": own.embeds_BTD, "mask": own.mask_BT, "keep": own.keep_BA,
+            "labels": labels_BA[:1].expand(len(own.mask_BT), 2),
+        }  # fmt: skip
+        return session.call("loss", tensors, branches=1, grads=["whole.0"]).tensors["grad/whole.0"]
+
+    leaf = small.embeds_BTD.clone().requires_grad_()
+    (loss,) = local_llm.losses([Embeds.whole(leaf)], small.mask_BT, small.keep_BA, labels_BA)
+    with served(llava, edge, llm, workers=2) as (host, _), ExitStack() as stack:
+        sessions = [stack.enter_context(visiting(host, client=i, deadline_seconds=8.0)) for i in range(4)]
+        llm.passes.clear()
+        with ThreadPoolExecutor(3) as pool:
+            large = [pool.submit(step, sessions[i], rows(i, B=9)) for i in range(2)]
+            until(lambda: llm.passes == [9, 9])
+            large.append(pool.submit(step, sessions[2], rows(2, B=9)))
+            try:
+                for _ in range(3):
+                    assert torch.equal(step(sessions[3], small), torch.autograd.grad(loss, leaf, retain_graph=True)[0])
+                assert llm.passes == [9, 9, 2, 2, 2], "a third large one waits"
+            finally:
+                llm.go.set()
+            assert all(torch.isfinite(future.result()).all() for future in large)
+
+
+def test_with_one_worker_one_pass_runs_at_a_time(local_llm, engine_of):
+    llm = GatedLLM(local_llm)
+    assert served_in(engine_of(llm, workers=1), llm, [(0, 20), (0, 21), (1, 1)]) == [20, 1, 21]
+
+
+def test_a_merged_batch_keeps_within_a_steps_memory(local_llm, engine_of):
+    """Two of three fit; neither is run with a third, and each alone is as it was checked."""
+    two = Footprint.measured(local_llm, 0).bytes(Shape(2, 9, 2, grad=True))
+    llm = CountingLLM(local_llm, hold=True)
+    engine = engine_of(
+        llm, workers=1, merge_rows=8, merge_wait_seconds=0.0, footprint=Footprint.measured(local_llm, two)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        futures = []
+        for i in range(4):
+            futures.append(pool.submit(engine.run, [rows(0)], values(0), grad=True, client=i))
+            until(lambda i=i: len(llm.passes) == 1 and len(engine._queue) == i)
+        llm.go.set()
+        [future.result() for future in futures]
+    assert llm.passes == [(1, 9), (2, 9), (1, 9)]
 
 
 def test_a_client_that_does_not_come_is_waited_for_no_longer_than_said(local_llm, engine_of):

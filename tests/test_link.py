@@ -105,8 +105,8 @@ def test_a_session_that_waits_holds_nothing_of_what_came(link, monkeypatch):
     seen: list[weakref.ref[wire.Frame]] = []
     decode = wire.decode
 
-    def watched(chunks, limit_bytes):
-        frame = decode(chunks, limit_bytes)
+    def watched(*args):
+        frame = decode(*args)
         if frame is not None:
             seen.append(weakref.ref(frame))
         return frame
@@ -267,6 +267,37 @@ def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm
         model(batch)
 
 
+@pytest.mark.parametrize(("options", "steps"), [({"graph_bytes": 1}, 4), ({}, 2)])
+def test_no_graph_outlives_its_session(llava, edge, local_llm, batch, options, steps):
+    """Graphs over the bound, and graphs whose backward never came. Python's collector does not see a C++ cycle."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    layer = local_llm.decoder.layers[0]
+    with served(llava, edge, local_llm, **options) as (host, _):
+        hook = layer.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+        for _ in range(3):
+            with visiting(host) as session:
+                for step in range(steps):
+                    ask(session, step_tensors(batch, edge), "forward", step=step)
+        deadline = time.monotonic() + 10
+        while any(output() is not None for output in seen) and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.01)
+    hook.remove()
+    assert len(seen) == 3 * steps and not any(output() is not None for output in seen)
+
+
+def test_a_step_number_that_waits_for_its_backward_is_not_taken_again(llava, edge, local_llm, batch):
+    """Or the bound of pending steps would never hold."""
+    with served(llava, edge, local_llm, pending=2) as (host, _), visiting(host) as session:
+        tensors = step_tensors(batch, edge)
+        logits_BAV = ask(session, tensors, "forward", step=1)["logits"]
+        with pytest.raises(HostRefused, match="step 1 already waits for its backward"):
+            ask(session, tensors, "forward", step=1)
+        grad = session.call("backward", {"grad": torch.ones_like(logits_BAV)}, step=1).tensors["grad/whole.0"]
+        assert grad.abs().sum() > 0, "the first one is still there"
+        ask(session, tensors, "forward", step=1)
+
+
 def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, batch):
     local = Model(edge, local_llm)
     local(batch).sum().backward()
@@ -295,6 +326,20 @@ def test_a_frame_over_the_limit_is_refused(llava, edge, local_llm):
     with served(llava, edge, local_llm, frame_limit_bytes=1000) as (host, _), visiting(host) as session:
         with pytest.raises(HostRefused, match=r"at most 1000; raise link.frame_limit_mb"):
             session.call("loss", {"whole.0": torch.zeros(1000)})
+
+
+def test_a_frame_of_many_tensors_ends_its_own_session_unless_the_state_has_as_many(link, edge, monkeypatch):
+    host, taken = link
+    many = {f"x{i}": torch.zeros(0) for i in range(wire.TENSORS_LIMIT + 1)}
+    with visiting(host) as session, visiting(host, client=1) as other:
+        with pytest.raises(HostRefused, match="513 tensors in a frame, at most 512; lower batch_size"):
+            session.call("loss", many)
+        assert other.call("card").verb == "card"
+    host.open_round(1, {name: torch.zeros(1) for name in many}, [0])
+    with visiting(host) as session:
+        ones = {name: torch.ones(1) for name in many}
+        send_update(session, ones, fisher=ones)
+    assert len(taken[0].delta) == len(taken[0].fisher) == 513
 
 
 def test_an_unknown_verb_names_the_known_ones(link):

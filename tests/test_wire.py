@@ -111,6 +111,30 @@ def test_a_body_that_lies_is_refused(message):
         wire.decode(iter([raw(body=message)]), 1 << 20)
 
 
+def test_a_frame_has_some_hundred_tensors_and_more_are_refused_before_any_is_made(monkeypatch):
+    """74,000 empty ones took 8 s."""
+    names = ["x" * 50 + str(i) for i in range(600)]
+    fits, over, far_over = (
+        raw(body=body({n: entry(shape=(0,), at=(0, 0)) for n in few}, b""))
+        for few in (names[:512], names[:513], names * 9)
+    )
+    assert len(wire.decode(iter([fits]), 1 << 20, 512).tensors) == 512
+    monkeypatch.setattr(wire, "_allocate", lambda *_: pytest.fail("a tensor was made"))
+    with pytest.raises(wire.WireError, match="x: 513 tensors in a frame, at most 512"):
+        wire.decode(iter([over]), 1 << 20, 512)
+    monkeypatch.setattr(
+        json, "loads", lambda raw: pytest.fail("the index was read") if len(raw) > 1000 else {"verb": "x"}
+    )
+    with pytest.raises(wire.WireError, match="at most 51200, for 100 tensors"):
+        wire.decode(iter([far_over]), 1 << 20, 100)
+
+
+def test_an_index_that_is_deeply_nested_is_refused():
+    deep = b'{"a":' * 40_000
+    with pytest.raises(wire.WireError, match="no JSON"):
+        wire.decode(iter([raw(body=struct.pack("<Q", len(deep)) + deep)]), 1 << 20)
+
+
 def test_a_body_is_an_ordinary_safetensors_file_and_the_other_way_round():
     tensors = {"a": torch.randn(3, 2), "b": torch.tensor([True]), "c": torch.randn(5).half(), "d": torch.tensor(1)}
     sent = b"".join(wire.encode(wire.Frame("x", {}, tensors)))

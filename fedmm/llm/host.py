@@ -29,6 +29,7 @@ from fedmm.edge.schema import without_images
 from fedmm.llm import gate, reading, tls, wire
 from fedmm.llm.engine import Begun, Engine, Rows
 from fedmm.llm.features import Features, FeaturesMissing
+from fedmm.llm.footprint import Footprint, Shape, default_limit_bytes
 from fedmm.llm.local import LocalLLM
 from fedmm.llm.reading import Reader
 from fedmm.losses import answer_cross_entropy, branch_losses
@@ -70,6 +71,7 @@ class Host:
     `on_update` is called with every update that fits the round's state, before the client hears that it arrived; it
     makes the update safe (a journal), or refuses it by a ValueError. `edge` are the frozen parts a client runs, and
     `card` what it must know of them; `features` forms the base of factored steps.
+    `step_memory_bytes` is the most that one step may take; None: by what is free (`footprint.default_limit_bytes`).
     With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
@@ -89,13 +91,17 @@ class Host:
         merge_rows: int = 0,
         merge_wait_seconds: float = 0.01,
         graph_bytes: int = 1 << 30,
+        step_memory_bytes: int | None = None,
         frame_limit_bytes: int = 1 << 30,
         deadline_seconds: float = 60.0,
     ) -> None:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
         self._features = features
-        self._read = Reader(llm.width, llm.positions, llm.vocabulary, llm.device, features, frame_limit_bytes)
+        footprint = Footprint.measured(llm, step_memory_bytes or default_limit_bytes(llm.device, workers, graph_bytes))
+        self._read = Reader(
+            llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes
+        )
         self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._engine = Engine(
             llm,
@@ -104,6 +110,7 @@ class Host:
             merge_wait_seconds=merge_wait_seconds,
             wait_seconds=deadline_seconds / 2,  # whoever waits must hear of it before giving up
             graph_bytes=graph_bytes,
+            footprint=footprint,
             crowd=lambda: len(self._visits),
         )
         self._authority = authority
@@ -228,7 +235,7 @@ class Host:
         visit = self._admit(context)
         try:
             yield from wire.encode(wire.Frame("open"))
-            while (frame := wire.decode(chunks, self._frame_limit_bytes)) is not None:
+            while (frame := wire.decode(chunks, self._frame_limit_bytes, self._tensors_limit())) is not None:
                 moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
                 with self._lock:
                     traffic = self._traffic[moved]
@@ -288,6 +295,10 @@ class Host:
 
     def _limit(self) -> str:
         return f"link.sessions={self._sessions}"
+
+    def _tensors_limit(self) -> int:
+        """Tensors of a client's frame: those of a step, or of an update with its Fisher."""
+        return max(wire.TENSORS_LIMIT, 2 * len(self._current))
 
     def _over(self, visit: _Visit) -> str:
         now = f"in round {self._round}" if self._round else "between rounds"
@@ -366,6 +377,8 @@ class Host:
         keep_BA, number = self._read.keep(frame, step.mask_BT), reading.integer(frame, "step")
         if len(step.branches) != 1:
             raise ValueError(f"forward takes one branch, got {len(step.branches)}")
+        if number in visit.pending:
+            raise ValueError(f"step {number} already waits for its backward; give each forward a number of its own")
         if step.leaves and len(visit.pending) >= self._pending_limit:
             raise ValueError(
                 f"{len(visit.pending)} steps wait for their backward, at most {self._pending_limit}; "
@@ -373,10 +386,10 @@ class Host:
             )
         (rows,) = _rows(step, keep_BA)
         if step.leaves:
-            visit.pending[number] = (step, begun := self._engine.begin(rows))
+            visit.pending[number] = (step, begun := self._engine.begin(rows, visit.client))
             logits_BAV, seconds = begun.logits_BAV, begun.seconds
         else:
-            passed = self._engine.run([rows])
+            passed = self._engine.run([rows], client=visit.client)
             logits_BAV, seconds = passed.logits[0], passed.seconds
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(keep_BA)
@@ -406,14 +419,15 @@ class Host:
             return torch.stack(branch_losses(logits, labels_BA.to(self._llm.device), mutual, reduction))
 
         rows = _rows(step, keep_BA)
-        passed = self._engine.run(rows, values, grad=bool(step.leaves))
+        pairs = len(keep_BA) * len(rows) * (len(rows) - 1) if mutual else 0
+        passed = self._engine.run(rows, values, grad=bool(step.leaves), pairs=pairs, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA) * len(rows)
         tensors = {"losses": passed.values, **_gradients(rows, step.leaves, passed.grads)}
         return self._written("loss", tensors, frame, visit, step.summed())
 
     def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
+        step = self._read.step(frame, visit.client, grad=True)
         keep_BA = self._read.keep(frame, step.mask_BT)
         labels_BA = self._read.labels(frame, keep_BA).to(self._llm.device)
         if len(step.branches) != 1:
@@ -422,7 +436,7 @@ class Host:
         def values(logits: list[Tensor]) -> Tensor:
             return answer_cross_entropy(logits[0], labels_BA, reduction="sum")
 
-        passed = self._engine.run(_rows(step, keep_BA), values, grad=True)
+        passed = self._engine.run(_rows(step, keep_BA), values, grad=True, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA)
         found = step.branches[0].squares(passed.grads[0])
@@ -433,14 +447,17 @@ class Host:
         return self._written("squares", tensors, frame, visit)
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
-        if len(step.branches) != 1:
-            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
-        terms, max_tokens = self._read.token_terms(frame), reading.integer(frame, "max_tokens")
+        max_tokens = reading.integer(frame, "max_tokens")
         if not 1 <= max_tokens <= 1024:
             raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
+        step = self._read.step(frame, visit.client, tokens=max_tokens)
+        if len(step.branches) != 1:
+            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
+        terms, (B, T) = self._read.token_terms(frame), step.mask_BT.shape
         tokens_BN, seconds = self._engine.alone(
-            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens)
+            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens),
+            Shape(B, T, tokens=max_tokens),
+            visit.client,
         )
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(tokens_BN)

@@ -23,6 +23,7 @@ from fedmm import codecs
 from fedmm.edge import base
 from fedmm.edge.folding import embed_of
 from fedmm.llm.features import Features
+from fedmm.llm.footprint import Footprint, Shape
 from fedmm.llm.wire import Frame
 from fedmm.losses import Mutual
 from fedmm.types import IGNORE, Embeds, LowRank, Part, Source, TokenTerm
@@ -46,25 +47,36 @@ class Read:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads steps for one LLM: its width, positions and vocabulary, and the features that clients left at the host."""
+    """Reads steps for one LLM: its width, positions and vocabulary, and the features that clients left at the host.
+
+    `footprint` refuses a step by its size, before anything is made for it.
+    """
 
     width: int
     positions: int
     vocabulary: int
     device: torch.device
     features: Features
+    footprint: Footprint
     limit_bytes: int = 1 << 30  # of what a step makes here: what its dense frame could have been
 
-    def step(self, frame: Frame, client: int) -> Read:
-        """The branches of a step; gradients are asked for by name in `grads`."""
-        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
-        mask_BT = tensor(tensors, "mask", (None, None), dtype=torch.bool)
+    def step(self, frame: Frame, client: int, *, grad: bool = False, tokens: int = 0) -> Read:
+        """The branches of a step; gradients are asked for by name in `grads`.
+
+        With `grad` the host wants some of its own; `tokens` are to be generated.
+        """
+        mask_BT = tensor(frame.tensors, "mask", (None, None), dtype=torch.bool)
         B, T = mask_BT.shape
-        if self.positions < T:
-            raise ValueError(f"{T} positions, the LLM has {self.positions}; shorten the questions")
+        if self.positions < T + tokens:
+            generated = f" and {tokens} tokens to generate" if tokens else ""
+            wanted = "shorten the questions" + (" or lower evaluate.max_tokens" if tokens else "")
+            raise ValueError(f"{T} positions{generated}, the LLM has {self.positions}; {wanted}")
         if not (B and T) or not mask_BT.any(1).all():
             raise ValueError(f"every row needs at least one position, got a mask of {tuple(mask_BT.shape)}")
-        inputs = _Inputs(tensors, _names(frame, "grads"), self.device)
+        by = _names(frame, "grads")
+        self.footprint.check(_shape(frame, B, T, grad=grad or bool(by), tokens=tokens))
+        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
+        inputs = _Inputs(tensors, by, self.device)
         branches = (
             self._factored(frame, inputs, mask_BT, client)
             if "terms" in frame.meta
@@ -76,10 +88,7 @@ class Reader:
         return Read([replace(embeds, embed=embed) for embeds in branches], mask_BT, inputs.leaves)
 
     def _dense(self, frame: Frame, inputs: _Inputs, B: int, T: int) -> list[Embeds]:
-        count = integer(frame, "branches")
-        if not 1 <= count <= TERMS_LIMIT:
-            raise ValueError(f"branches must be from 1 to {TERMS_LIMIT}, got {count}")
-        return [Embeds.whole(inputs.take(f"whole.{i}", (B, T, self.width))) for i in range(count)]
+        return [Embeds.whole(inputs.take(f"whole.{i}", (B, T, self.width))) for i in range(_branches(frame))]
 
     def _factored(self, frame: Frame, inputs: _Inputs, mask_BT: Tensor, client: int) -> list[Embeds]:
         shape = tuple(mask_BT.shape)
@@ -95,8 +104,6 @@ class Reader:
         counts = _list(frame, "branches")
         if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != len(terms):
             raise ValueError(f"branches share out {len(terms)} terms, got {str(counts)[:100]}")
-        if not 1 <= len(counts) <= TERMS_LIMIT:
-            raise ValueError(f"a step has from 1 to {TERMS_LIMIT} branches, got {len(counts)}")
         self._bound("embeddings", len(counts) * mask_BT.numel() * self.width)
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         own = [tuple(terms[end - count : end]) for end, count in zip(ends, counts, strict=True)]
@@ -240,6 +247,22 @@ def _list(frame: Frame, key: str) -> list[Any]:
     if not isinstance(value, list) or len(value) > TERMS_LIMIT:
         raise ValueError(f"{key} must be a list of at most {TERMS_LIMIT}, got {str(value)[:100]}")
     return value
+
+
+def _branches(frame: Frame) -> int:
+    """How many branches a step has, in either encoding."""
+    count = len(_list(frame, "branches")) if "terms" in frame.meta else integer(frame, "branches")
+    if not 1 <= count <= TERMS_LIMIT:
+        raise ValueError(f"a step has from 1 to {TERMS_LIMIT} branches, got {count}")
+    return count
+
+
+def _shape(frame: Frame, B: int, T: int, *, grad: bool, tokens: int) -> Shape:
+    """How large a step is, by what can be told before its tensors are checked."""
+    branches, keep = _branches(frame), frame.tensors.get("keep")
+    answers = keep.shape[1] if keep is not None and keep.dim() == 2 else 1
+    pairs = B * branches * (branches - 1) if "weights" in frame.meta else 0
+    return Shape(B * branches, T, answers, pairs, tokens, grad)
 
 
 def _names(frame: Frame, key: str) -> set[str]:

@@ -32,6 +32,7 @@ from fedmm.types import Embeds, FedmmError, LowRank, Source, Squares, State, Tok
 log = logging.getLogger("fedmm.link")
 CUTS = 12  # connections cut before the session is open, at most: a host under attack cuts honest ones too
 FIRST_PAUSE_SECONDS, CUT_PAUSE_SECONDS, TURN_PAUSE_SECONDS = 0.02, 0.25, 2.0
+_SAMPLES = 256  # whose features go up in one frame, which holds a tensor for each
 _REFILLS = 2  # times that lost features are left there again, before they go up with the step
 
 
@@ -333,9 +334,10 @@ class RemoteLLM:
         keys_BK = _keys_of([step.keys[row] for row in new])
         lacks_B = self._call("known", {"keys": keys_BK})["missing"]
         missing = [row for row, lacks in zip(new, lacks_B.tolist(), strict=True) if lacks]
-        if missing:
-            features = {f"features.{i}": step.features[row] for i, row in enumerate(missing)}
-            self._call("features", features | {"keys": _keys_of([step.keys[row] for row in missing])})
+        for start in range(0, len(missing), _SAMPLES):
+            few = missing[start : start + _SAMPLES]
+            features = {f"features.{i}": step.features[row] for i, row in enumerate(few)}
+            self._call("features", features | {"keys": _keys_of([step.keys[row] for row in few])})
         self._held |= {step.keys[row].hex() for row in new}
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
 HEADER_LIMIT_BYTES = 1 << 16
-INDEX_LIMIT_BYTES = 1 << 22  # of the names and shapes of a frame's tensors; an encoder's are 40 KB
+TENSORS_LIMIT = 512  # of a client's frame: a step has at most 64 terms, features one a sample; 1 ms to decode
+HOST_TENSORS_LIMIT = 8192  # of a host's frame: the frozen parts of LLaVA-1.5-7B are 396, a state has a few hundred
+INDEX_ENTRY_BYTES = 512  # of a tensor's name and shape in a frame's index, at most on average; an encoder's are 110
 MAGIC = b"FMM1"
 METHOD = "/fedmm.Link/Session"
 GRPC_OPTIONS = [
@@ -103,7 +105,7 @@ def encode(frame: Frame) -> Chunks:
     return Chunks(len(head) + body_bytes, (memoryview(head), *body))
 
 
-def decode(chunks: Iterator[bytes], limit_bytes: int) -> Frame | None:
+def decode(chunks: Iterator[bytes], limit_bytes: int, limit_tensors: int = HOST_TENSORS_LIMIT) -> Frame | None:
     """Read one frame, or None if the peer has closed. Raises WireError for anything that is not one."""
     first = next(chunks, None)
     if first is None:
@@ -124,7 +126,7 @@ def decode(chunks: Iterator[bytes], limit_bytes: int) -> Frame | None:
     header = _object(reader.take(header_bytes), "the header")
     if not isinstance(header.get("verb"), str):
         raise WireError("the header is no JSON object with a verb")
-    tensors = _read(reader, body_bytes, header["verb"][:32]) if body_bytes else {}
+    tensors = _read(reader, body_bytes, header["verb"][:32], limit_tensors) if body_bytes else {}
     reader.end()
     return Frame(header.pop("verb"), header, tensors, reader.size)
 
@@ -177,14 +179,19 @@ class _Reader:
             raise WireError(f"the frame claims {self._total} bytes and holds {self._total + len(self._left)}")
 
 
-def _read(reader: _Reader, body_bytes: int, verb: str) -> dict[str, Tensor]:
+def _read(reader: _Reader, body_bytes: int, verb: str, limit_tensors: int) -> dict[str, Tensor]:
     """The tensors of a safetensors file, each in memory of its own: as aligned as torch's, so sums keep their bits."""
     try:
         (index_bytes,) = _SIZE.unpack(reader.take(min(_SIZE.size, body_bytes)))
         data_bytes = body_bytes - _SIZE.size - index_bytes
-        if index_bytes > INDEX_LIMIT_BYTES or data_bytes < 0:
-            raise ValueError(f"an index of {index_bytes} bytes in a body of {body_bytes}")
+        if index_bytes > INDEX_ENTRY_BYTES * limit_tensors or data_bytes < 0:
+            raise ValueError(
+                f"an index of {index_bytes} bytes in a body of {body_bytes}; "
+                f"at most {INDEX_ENTRY_BYTES * limit_tensors}, for {limit_tensors} tensors"
+            )
         index = _object(reader.take(index_bytes), "its index")
+        if len(index) > limit_tensors:
+            raise WireError(f"{verb}: {len(index)} tensors in a frame, at most {limit_tensors}; lower batch_size")
         tensors, at = {}, 0
         for name, entry in sorted(index.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
