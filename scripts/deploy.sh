@@ -25,15 +25,31 @@ server_keys() {
 # site-keys KEYS: a site's node key, and a certificate for what its own processes say to each other.
 site_keys() {
     mkdir -p "$1"
-    ssh-keygen -q -t ecdsa -b 384 -N "" -C "" -f "$1/node"
+    node_key "$1/node"
     new_key "$1/own.key"
     openssl req -x509 -new -key "$1/own.key" -days 3650 -subj "/CN=fedmm site" \
         -addext "subjectAltName=IP:127.0.0.1" -out "$1/own.crt"
     say "$1/node.pub is for the server's operator; put the server's ca.crt beside it; the rest stays here"
 }
 
+absent() { [ ! -e "$1" ] || { say "$1 is there already; choose another folder, or remove it" && return 1; }; }
+
+node_key() { # as `ssh-keygen -t ecdsa -b 384 -N ""` makes it, which not every machine has
+    absent "$1"
+    python - "$1" <<'END'
+import sys
+from pathlib import Path
+from cryptography.hazmat.primitives import serialization as s
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP384R1())
+with Path(sys.argv[1]).open("xb") as file:
+    file.write(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.OpenSSH, s.NoEncryption()))
+Path(f"{sys.argv[1]}.pub").write_bytes(key.public_key().public_bytes(s.Encoding.OpenSSH, s.PublicFormat.OpenSSH))
+END
+}
+
 new_key() { # NIST curves: Flower refuses others
-    [ ! -e "$1" ] || { say "$1 is there already; choose another folder, or remove it" && return 1; }
+    absent "$1"
     openssl ecparam -name prime256v1 -genkey -noout -out "$1"
 }
 

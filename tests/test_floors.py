@@ -13,7 +13,17 @@ import fedmm
 
 PACKAGE = Path(fedmm.__file__).parent
 FLOORS = [
-    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds", "fedmm.store", "fedmm.ram", "fedmm.peak", "fedmm.shown", "fedmm.disk"),
+    (
+        "fedmm",
+        "fedmm.types",
+        "fedmm.tree",
+        "fedmm.seeds",
+        "fedmm.store",
+        "fedmm.ram",
+        "fedmm.peak",
+        "fedmm.shown",
+        "fedmm.disk",
+    ),
     ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.losses", "fedmm.codecs"),
     ("fedmm.llm", "fedmm.model"),
     ("fedmm.methods", "fedmm.train", "fedmm.faults", "fedmm.stages", "fedmm.evaluate"),

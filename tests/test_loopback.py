@@ -285,14 +285,13 @@ def test_the_script_runs_a_deployment_in_which_nothing_is_insecure(tmp_path):
     state, folder = tmp_path / "state", tmp_path / "run"
     asked = ["rounds=1", "edge.rank=4", "partition=iid", *DATA, f"run.dir={folder}"]
     command = ["bash", str(ROOT / "scripts" / "loopback.sh"), *asked]
-    (tmp_path / "said").touch()
     with (tmp_path / "said").open("w") as out:
         script = subprocess.Popen(command, env=env(state), cwd="/", stdout=out, stderr=out)
     commands: set[str] = set()
     try:
         while script.poll() is None:
             commands |= commands_about(state)
-            time.sleep(0.2)
+            time.sleep(0.5)
     finally:
         script.terminate()
         script.wait(timeout=60)
