@@ -26,7 +26,7 @@ from torch import Tensor
 from fedmm import codecs, ram, tree
 from fedmm.codecs import Feedback
 from fedmm.edge.schema import without_images
-from fedmm.llm import gate, reading, tls, wire
+from fedmm.llm import door, reading, tls, wire
 from fedmm.llm.engine import Begun, Engine, Rows
 from fedmm.llm.features import Features, FeaturesMissing
 from fedmm.llm.footprint import Footprint, Shape, default_limit_bytes
@@ -145,8 +145,8 @@ class Host:
             options=[
                 *wire.GRPC_OPTIONS,
                 ("grpc.http2.max_ping_strikes", 0),
-                ("grpc.max_concurrent_streams", gate.STREAMS),
-                ("grpc.max_allowed_incoming_connections", gate.connections(sessions)),
+                ("grpc.max_concurrent_streams", door.STREAMS),
+                ("grpc.max_allowed_incoming_connections", door.connections(sessions)),
             ],
         )
         handler = grpc.stream_stream_rpc_method_handler(self._session)
@@ -161,7 +161,7 @@ class Host:
         except RuntimeError as error:
             self._engine.close()
             raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
-        self._gate = gate.Gate(self.port, gate.room(sessions))
+        self._door = door.Door(self.port, door.room(sessions))
         self._server.start()
 
     # ---- for the server's round loop -------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class Host:
     def close(self) -> None:
         """Stop serving; safe to repeat."""
         self._server.stop(grace=0.5).wait()
-        self._gate.close()
+        self._door.close()
         self._engine.close()
 
     def __enter__(self) -> Host:
@@ -251,7 +251,7 @@ class Host:
             log.warning("client %d sent no valid frame: %s", visit.client, error)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
         finally:
-            self._gate.leave(visit.peer)
+            self._door.leave(visit.peer)
             with self._lock:
                 del self._visits[visit.client]
 
@@ -283,7 +283,7 @@ class Host:
             elif not over and before is None:
                 self._visits[visit.client] = visit
                 self._full.discard(visit.client)
-                self._gate.prove(visit.peer)
+                self._door.prove(visit.peer)
         if over:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, self._over(visit))
         if before is not None:

@@ -1,7 +1,7 @@
 """How many files and connections a run opens at once, and whether the system lets this process open so many.
 
 Counted in runs of 5 and of 12 clients in one process: two sockets a client, one file of its own while it reads or
-writes, and 16 others. What the port takes stands in llm/gate.py.
+writes, and 16 others. What the port takes stands in llm/door.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 
-from fedmm.llm import gate
+from fedmm.llm import door
 from fedmm.runs.derived import sessions
 from fedmm.runs.settings import Config
 
@@ -19,7 +19,7 @@ A_CLIENT = 3  # a socket, a file and some room, where clients run in this proces
 
 def wanted(cfg: Config) -> int:
     """The most that the run opens at once."""
-    return OTHERS + A_CLIENT * sessions(cfg) + gate.connections(sessions(cfg))
+    return OTHERS + A_CLIENT * sessions(cfg) + door.connections(sessions(cfg))
 
 
 def mistakes(cfg: Config) -> Iterator[str]:

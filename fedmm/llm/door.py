@@ -44,7 +44,7 @@ def connections(sessions: int) -> int:
     return sessions + 2 * room(sessions)
 
 
-class Gate:
+class Door:
     """Watches the connections to `port` from construction until `close`."""
 
     def __init__(self, port: int, room: int) -> None:
@@ -54,7 +54,7 @@ class Gate:
         self._since: dict[Peer, float] = {}
         self._peers: dict[int, Peer | None] = {}  # by inode; None: another socket than those at the port
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fedmm-gate", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="fedmm-door", daemon=True)
         self._thread.start()
 
     def prove(self, peer: str) -> None:
