@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "run":
         return _run(args.overrides)
     if args.command == "watch":
-        from fedmm.runs.progress import watch as show
+        from fedmm.results.progress import watch as show
 
         if not args.dir.exists() or (args.dir / "runs").is_dir():
             sweeps = f"a sweep; watch a run of it, in {args.dir / 'runs'}"
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(overrides: list[str]) -> int:
     from fedmm.flower import inprocess, server_app
-    from fedmm.runs.progress import watch
+    from fedmm.results.progress import watch
 
     try:
         arms = server_app.plan(overrides)
@@ -117,10 +117,11 @@ def _run(overrides: list[str]) -> int:
 
 def _sweep(args: argparse.Namespace, typed: str) -> int:
     from fedmm.flower import server_app
-    from fedmm.runs import plan, records, results, sweep
+    from fedmm.runs import records
+    from fedmm.sweep import plan, results, runner
 
     try:
-        made = sweep.run(
+        made = runner.run(
             args.dir,
             args.overrides,
             plan.search(args.tune, args.tune_across),
@@ -131,7 +132,7 @@ def _sweep(args: argparse.Namespace, typed: str) -> int:
             against=args.against,
             command=typed,
         )
-        print(results.write(args.dir / sweep.PAGE, made, args.against, typed, anew=True).read_text())
+        print(results.write(args.dir / runner.PAGE, made, args.against, typed, anew=True).read_text())
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
@@ -145,11 +146,13 @@ def _sweep(args: argparse.Namespace, typed: str) -> int:
 
 
 def _compare(args: argparse.Namespace, typed: str) -> int:
-    from fedmm.runs import evidence, records, results, table
+    from fedmm.results import intervals, table
+    from fedmm.runs import records
+    from fedmm.sweep import results
 
     try:
         found = records.load(args.paths)
-        rows = evidence.rows(found.runs)
+        rows = intervals.rows(found.runs)
         print(table.markdown(rows, table.columns(args.against, rows)))
         if args.into:
             print(results.write(args.into, found, args.against, typed))
@@ -163,7 +166,7 @@ def _compare(args: argparse.Namespace, typed: str) -> int:
 
 
 def _export(run: Path, into: Path) -> int:
-    from fedmm.runs.export import export
+    from fedmm.federation.export import export
 
     try:
         round = export(run, into)

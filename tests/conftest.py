@@ -15,15 +15,15 @@ from finished import write_arm
 from PIL import Image
 
 from fedmm import seeds
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Prepared, Processor, collate, prepare
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host
+from fedmm.link.features import Features
+from fedmm.link.host import Host
+from fedmm.link.remote import Session
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import Session
 from fedmm.runs.folder import read_rows
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import Batch, Example, Update
 
 torch.set_num_threads(1)  # as in clients and host: sums depend on the number of threads
@@ -123,13 +123,13 @@ def local_llm(llava) -> LocalLLM:
 
 @pytest.fixture(scope="session")
 def processor(llava) -> Processor:
-    return parts.build(parts.take(*llava))[1]
+    return frozen_modules.build(frozen_modules.take(*llava))[1]
 
 
 @pytest.fixture
 def edge(llava) -> NanoEdge:
     """An edge whose adapters have left their start, so that every gradient is something."""
-    built, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0)
+    built, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     generator = seeds.generator(0, "test edge")
     built.reset(generator)
     with torch.no_grad():
@@ -178,10 +178,10 @@ def batch(items) -> Batch:
 def served(llava, edge: NanoEdge, llm: LocalLLM, **options) -> Iterator[tuple[Host, list[Update]]]:
     """A host in round 1 that awaits clients 0 and 1, and the updates that reached it."""
     taken: list[Update] = []
-    frozen = parts.take(*llava)
-    card = parts.describe(llava[0], frozen, PROMPT)
+    frozen = frozen_modules.take(*llava)
+    card = frozen_modules.describe(llava[0], frozen, PROMPT)
     store = options.pop("store", Store(memory_bytes=1 << 30))
-    features = Features(*parts.build_base(frozen), store)
+    features = Features(*frozen_modules.build_base(frozen), store)
     with Host(
         llm, card=card, edge=frozen, features=features, on_update=lambda round, update: taken.append(update), **options
     ) as host:

@@ -15,12 +15,12 @@ from conftest import PROMPT
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fedmm import seeds, tree
-from fedmm.edge import parts
-from fedmm.llm import tls
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host
+from fedmm.edge import frozen_modules
+from fedmm.link import tls
+from fedmm.link.features import Features
+from fedmm.link.host import Host
 from fedmm.llm.local import LocalLLM
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 
 CLIENTS = 8
 
@@ -28,8 +28,8 @@ CLIENTS = 8
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
-    frozen = parts.take(model, AutoProcessor.from_pretrained(folder))
-    edge, _ = parts.build(frozen, rank=4, alpha=8.0)
+    frozen = frozen_modules.take(model, AutoProcessor.from_pretrained(folder))
+    edge, _ = frozen_modules.build(frozen, rank=4, alpha=8.0)
     edge.reset(seeds.generator(0, "test edge"))
 
     def arrived(round, update):
@@ -38,9 +38,9 @@ def main(folder: str) -> None:
 
     with Host(
         LocalLLM(model),
-        card=parts.describe(model, frozen, PROMPT),
+        card=frozen_modules.describe(model, frozen, PROMPT),
         edge=frozen,
-        features=Features(*parts.build_base(frozen), Store(memory_bytes=1 << 28)),
+        features=Features(*frozen_modules.build_base(frozen), Store(memory_bytes=1 << 28)),
         on_update=arrived,
         authority=tls.Authority(),
     ) as host:

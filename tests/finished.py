@@ -7,7 +7,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fedmm.runs import config, evidence, records, table
+from fedmm.config import composition
+from fedmm.results import intervals, table
+from fedmm.runs import records
 
 
 def write_arm(path: Path, label: str, seed: int, own: dict[str, float], **more: object) -> Path:
@@ -28,15 +30,15 @@ def write_arm(path: Path, label: str, seed: int, own: dict[str, float], **more: 
 
 def composed_arm(path: Path, asked: list[str], own: dict[str, float]) -> Path:
     """A finished arm as a run of these overrides leaves it."""
-    cfg = config.compose(asked)
+    cfg = composition.compose(asked)
     write_arm(path, cfg.label, cfg.seed, own, data=cfg.data)
     (path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     return path
 
 
-def rows_of(paths: list[Path]) -> list[evidence.Row]:
-    return evidence.rows(records.load(paths).runs)
+def rows_of(paths: list[Path]) -> list[intervals.Row]:
+    return intervals.rows(records.load(paths).runs)
 
 
-def page(rows: list[evidence.Row]) -> str:
+def page(rows: list[intervals.Row]) -> str:
     return table.markdown(rows, table.columns("FedAvg", rows))

@@ -12,12 +12,12 @@ import torch
 from conftest import gradients, served, some_examples, visiting
 
 from fedmm import seeds
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.llm.engine import Engine, Rows
-from fedmm.llm.footprint import Footprint, Shape
+from fedmm.link.engine import Engine, Rows
+from fedmm.link.footprint import Footprint, Shape
+from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import Mutual
 from fedmm.model import Model
 from fedmm.types import Embeds, FedmmError
@@ -360,7 +360,9 @@ def test_clients_at_once_get_the_gradients_they_get_alone(llava, local_llm, opti
     clients = 4
     edges, batches = [], []
     for client in range(clients):
-        built, processor = parts.build(parts.take(*llava), sets=("shared", "local"), rank=4, alpha=8.0)
+        built, processor = frozen_modules.build(
+            frozen_modules.take(*llava), sets=("shared", "local"), rank=4, alpha=8.0
+        )
         for name in ("shared", "local"):
             built.reset(seeds.generator(client, name), name)
         with torch.no_grad():

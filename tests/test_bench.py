@@ -13,7 +13,7 @@ from conftest import CountingProxy
 from fedmm.bench import served, traffic
 from fedmm.bench.common import Case, in_turn
 from fedmm.cli import BENCHES, main
-from fedmm.ram import give_back, peak_rss_bytes, rss_bytes
+from fedmm.storage.memory import give_back, peak_rss_bytes, rss_bytes
 
 TOY = served.SHAPES["toy"]
 KEYS = ["bench", "case", "value", "unit", "bar", "holds"]

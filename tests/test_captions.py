@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import PROMPT, small_llava, some_examples
 
+from fedmm.config.composition import compose, load, options
+from fedmm.config.targets import make
 from fedmm.data.scenes import scenes
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.llm import packing
@@ -19,8 +21,6 @@ from fedmm.llm.loading import TINY, twin
 from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
-from fedmm.runs.config import compose, load, options
-from fedmm.runs.targets import make
 from fedmm.stages.captions import Caption, Writer, hub, keep, oracle, own, prepared, training, write
 from fedmm.stages.kept import fingerprint
 
@@ -209,12 +209,12 @@ def test_a_name_changes_with_what_the_text_depends_on_and_with_nothing_else(llav
 
     model = Model(edge, LocalLLM(llava[0]))
     base = name(model)
-    others = parts.build(parts.take(*llava), rank=2, sets=("shared", "local"))[0]
+    others = frozen_modules.build(frozen_modules.take(*llava), rank=2, sets=("shared", "local"))[0]
     assert base == name(Model(others, LocalLLM(llava[0]))) == name(model, batch_size=3)
     inside = twin(llava[0])
     make(compose(["llm.where=client", "inner=lora"]).inner)(inside.model.language_model, ("shared",))
-    adapted = parts.build(
-        parts.take(*llava), decoder=inside.model.language_model, lora=parts.Lora(2), sets=("shared",)
+    adapted = frozen_modules.build(
+        frozen_modules.take(*llava), decoder=inside.model.language_model, lora=frozen_modules.Lora(2), sets=("shared",)
     )[0]
     assert base == name(Model(adapted, LocalLLM(inside, inner=adapted.inner)))
     assert base != name(model, max_tokens=9)
@@ -227,8 +227,8 @@ def test_a_name_changes_with_what_the_text_depends_on_and_with_nothing_else(llav
     other = small_llava(tmp_path / "other", image_size=24)
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    bigger = parts.build(
-        parts.take(LlavaForConditionalGeneration.from_pretrained(other), AutoProcessor.from_pretrained(other))
+    bigger = frozen_modules.build(
+        frozen_modules.take(LlavaForConditionalGeneration.from_pretrained(other), AutoProcessor.from_pretrained(other))
     )[1]
     assert base != name(model, processor=bigger)
     assert fingerprint(model, processor, PROMPT)[:16] in base
@@ -242,7 +242,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny():
     backbone = load_tiny(prompt="<image> {question}")
-    edge, processor = parts.build(parts.take(backbone.model, backbone.processor))
+    edge, processor = frozen_modules.build(frozen_modules.take(backbone.model, backbone.processor))
     return Model(edge, LocalLLM(backbone.model)), processor, backbone.prompt
 
 

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedmm import seeds, tree
+from fedmm.adapters.schema import fits
 from fedmm.aggregate.creff import creff as merge
 from fedmm.aggregate.mean import mean
+from fedmm.config import composition, targets
 from fedmm.data.glyphs import handwriting
 from fedmm.data.scenes import compose
 from fedmm.edge import compact
 from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.prepare import collate
-from fedmm.edge.schema import fits
 from fedmm.evaluate.answers import answers
 from fedmm.methods.creff import tell
 from fedmm.model import Model
-from fedmm.runs import config, targets
 from fedmm.train import train
 from fedmm.types import Update
 
@@ -65,7 +65,7 @@ def test_an_image_does_not_see_its_batch(items):
 @pytest.mark.parametrize(("name", "parameters"), [("resnet8", 78_042), ("resnet50", 23_528_522)])
 def test_the_networks_are_as_large_as_they_are_known_to_be(name, parameters):
     """ResNet-8 of 16, 32 and 64 channels; ResNet-50 has 25.557 million with 1,000 classes, so 23.529 with ten."""
-    plan = targets.make(config.compose([f"compact={name}"]).compact)
+    plan = targets.make(composition.compose([f"compact={name}"]).compact)
     net = Classifier(plan, 10).net()
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert net(torch.zeros(1, 3, 64, 64)).shape == (1, plan.out_width)
@@ -101,9 +101,9 @@ def test_a_class_that_is_not_there_and_an_image_too_many_are_told(examples):
         Classes(NAMES, 16).prepare([replace(examples[0], images=())])
 
 
-@pytest.mark.parametrize("name", sorted({*config.options("method")} - {"local"}))
+@pytest.mark.parametrize("name", sorted({*composition.options("method")} - {"local"}))
 def test_every_method_trains_it(items, name):
-    cfg = config.compose([f"method={name}", "rule=mean"])
+    cfg = composition.compose([f"method={name}", "rule=mean"])
     edge = built(tuple(cfg.method.sets), cfg.method.retrained)
     edge.freeze_all_but(targets.make(cfg.schema)(2, 2).trains)
     model, before = Model(edge, NoLLM()), {one: edge.state(one) for one in cfg.method.sets}
@@ -130,7 +130,7 @@ def test_every_method_trains_it(items, name):
 
 def test_creffs_schema_leaves_the_servers_head_alone_and_sends_all():
     """Every name travels, so that the server has both heads and is told gradients; trunk and head alone are trained."""
-    now = targets.make(config.compose(["arm=creff", "scenario=long_tail"]).schema)(1, 2)
+    now = targets.make(composition.compose(["arm=creff", "scenario=long_tail"]).schema)(1, 2)
     edge = built(retrained=True)
     edge.freeze_all_but(now.trains)
     held = {name for name, parameter in edge.named().items() if not parameter.requires_grad}

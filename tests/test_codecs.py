@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedmm import codecs, seeds
-from fedmm.llm import wire
+from fedmm.link import wire
 
 LOSSY = ["fp16", "bf16", "int8"]
 SHAPES = [(), (0,), (3, 0), (1,), (63,), (64,), (65,), (5, 7), (2, 3, 100)]

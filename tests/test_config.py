@@ -9,16 +9,16 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedmm.aggregate import lowrank
-from fedmm.runs import config, targets
-from fedmm.runs.config import check, compose, load, options
-from fedmm.runs.settings import ConfigError
+from fedmm.config import composition, targets
+from fedmm.config.composition import check, compose, load, options
+from fedmm.config.settings import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fedmm.types import Update
 
-CHOICES = [(group, name) for group in config.groups() for name in options(group)]
+CHOICES = [(group, name) for group in composition.groups() for name in options(group)]
 
 OF_LONG_TAILS = {
     "balanced_tuning", "creff", "fedavg_pretrained", "mllmfl", "mllmfl_at_server", "mllmfl_not_pretrained",
@@ -39,8 +39,8 @@ def test_every_yaml_of_every_group_composes_and_binds(group, name):
 
 
 def test_every_group_is_in_the_table_of_contents():
-    text = (config.folder() / "config.yaml").read_text()
-    assert all(f"- {group}:" in text for group in config.groups())
+    text = (composition.folder() / "config.yaml").read_text()
+    assert all(f"- {group}:" in text for group in composition.groups())
 
 
 def test_the_default_is_fednano_with_fisher():
@@ -76,20 +76,20 @@ def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says)
 
 
 def test_a_wrong_yaml_is_named_and_not_composed_again(tmp_path, monkeypatch):
-    shutil.copytree(config.folder(), tmp_path / "conf")
+    shutil.copytree(composition.folder(), tmp_path / "conf")
     (tmp_path / "conf" / "experiment" / "wrong.yaml").write_text("defaults:\n  - override /nothing: there\n")
-    monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
+    monkeypatch.setattr(composition, "folder", lambda: tmp_path / "conf")
     with pytest.raises(ConfigError, match="In 'experiment/wrong': Could not override 'nothing"):
         load(["experiment=wrong"])
 
 
 def test_an_arm_tells_all_that_it_is_in_its_own_file(tmp_path, monkeypatch):
     """Else what a compared arm sets could not be told from what was asked for."""
-    shutil.copytree(config.folder(), tmp_path / "conf")
+    shutil.copytree(composition.folder(), tmp_path / "conf")
     (tmp_path / "conf" / "arm" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - feddat\nlabel: mine\n")
-    monkeypatch.setattr(config, "folder", lambda: tmp_path / "conf")
+    monkeypatch.setattr(composition, "folder", lambda: tmp_path / "conf")
     with pytest.raises(ConfigError, match=r"mine.yaml stands on feddat; name in it what that one chooses"):
-        config.arms(compose(["compare=[mine]"]), ["compare=[mine]"])
+        composition.arms(compose(["compare=[mine]"]), ["compare=[mine]"])
 
 
 def test_the_options_named_are_those_of_what_was_chosen():
@@ -203,25 +203,27 @@ def test_a_target_is_looked_at_before_it_is_called():
 
 
 def test_one_scalar_carries_a_whole_command_line():
-    overrides = config.split("""rounds=2 'llm.prompt="<image> {question}"' compare=[local,fedavg] run.dir=/tmp/x""")
+    overrides = composition.split(
+        """rounds=2 'llm.prompt="<image> {question}"' compare=[local,fedavg] run.dir=/tmp/x"""
+    )
     cfg = compose(overrides)
     assert cfg.rounds == 2 and list(cfg.compare) == ["local", "fedavg"] and cfg.llm.prompt == "<image> {question}"
     with pytest.raises(ConfigError, match="cannot be split"):
-        config.split("run.dir='half")
+        composition.split("run.dir='half")
 
 
 @pytest.mark.parametrize("arm", options("arm"))
 def test_what_an_arm_sets_holds(arm):
     """A value of config.yaml must not win over the arm's own, nor a preset's, nor one asked for the main arm over a
     compared one's."""
-    own = OmegaConf.load(config.folder() / "arm" / f"{arm}.yaml")
+    own = OmegaConf.load(composition.folder() / "arm" / f"{arm}.yaml")
     extra = ["scenario=long_tail"] if arm in OF_LONG_TAILS else []
     asked = [*extra, "rounds=5", "++rule.floor=0.1", "method.sets=[shared]", "pooled=false", f"compare=[{arm}]"]
     preset = ["experiment=mllmfl_embedded" if extra else "experiment=feddat", f"compare=[{arm}]"]
-    compared = [config.arms(compose(overrides), overrides)[1][1] for overrides in (asked, preset)]
+    compared = [composition.arms(compose(overrides), overrides)[1][1] for overrides in (asked, preset)]
     alone = [[*extra, f"arm={arm}"], [preset[0], f"arm={arm}"]]
     for cfg in map(load, [*alone, *compared]):
-        for path, value in config.leaves("", own):
+        for path, value in composition.leaves("", own):
             assert OmegaConf.select(cfg, path) == value, path
     assert load([*alone[1], "evaluate.every=3"]).evaluate.every == 3, "what is asked for wins over both"
 
@@ -229,11 +231,11 @@ def test_what_an_arm_sets_holds(arm):
 def test_a_compared_arm_keeps_what_trains_inside_unless_it_chooses_itself():
     inside = ["llm.where=client", "inner=lora", "inner.rank=2", "edge.rank=0"]
     asked = ["arm=fedavg", *inside, "compare=[fedprox,feddat_llm]"]
-    main, other, own = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
+    main, other, own = (load(overrides) for _, overrides in composition.arms(compose(asked), asked))
     assert main.inner == other.inner and main.inner.rank == 2 and main.edge.rank == other.edge.rank == 0
     assert own.inner["_target_"].endswith("bottleneck") and own.inner.rank == 8
     asked = ["arm=fedavg_llm", "compare=[fedavg]"]
-    split = load(config.arms(compose(asked), asked)[1][1])
+    split = load(composition.arms(compose(asked), asked)[1][1])
     assert not split.inner and split.llm.where == "server" and split.edge.rank == 16
 
 
@@ -244,7 +246,7 @@ def test_the_plateau_is_four_times_as_long_unless_asked_for_by_name():
 
 def test_compared_arms_keep_what_was_asked_but_their_method():
     overrides = ["arm=fednano", "rounds=3", "rule.floor=0.1", "compare=[local,centralised]", "dataset.train=100"]
-    arms = config.arms(compose(overrides), overrides)
+    arms = composition.arms(compose(overrides), overrides)
     assert [name for name, _ in arms] == ["main", "local", "centralised"]
     for _, asked in arms[1:]:
         cfg = load(asked)
@@ -356,7 +358,7 @@ def test_groups_need_the_servers_eyes():
 
 def test_a_compared_arm_keeps_settings_of_the_stages_that_it_has():
     asked = ["experiment=mllmfl_embedded", "align.per_class=5", "pretrain.step.steps=50", "align.step.steps=7"]
-    arms = {name: load(overrides) for name, overrides in config.arms(compose(asked), asked)}
+    arms = {name: load(overrides) for name, overrides in composition.arms(compose(asked), asked)}
     assert {name: (cfg.pretrain.step or {}).get("steps") for name, cfg in arms.items()} == {
         "main": 50, "fedavg": None, "fedavg_pretrained": 50, "mllmfl_not_pretrained": None, "balanced_tuning": 50,
     }  # fmt: skip
@@ -370,10 +372,10 @@ def test_a_compared_arm_keeps_settings_of_the_stages_that_it_has():
 
 def test_an_arm_brings_its_sampling_and_takes_it_along():
     asked = ["arm=class_balanced", "compare=[fedavg]"]
-    main, other = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
+    main, other = (load(overrides) for _, overrides in composition.arms(compose(asked), asked))
     assert main.sampling["_target_"].endswith("class_balanced") and not other.sampling
     asked = ["arm=fedavg", "compare=[class_balanced]"]
-    main, other = (load(overrides) for _, overrides in config.arms(compose(asked), asked))
+    main, other = (load(overrides) for _, overrides in composition.arms(compose(asked), asked))
     assert other.sampling["_target_"].endswith("class_balanced") and not main.sampling
 
 

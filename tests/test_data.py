@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fedmm.config.composition import load
 from fedmm.data import glyphs, partition, scenes
 from fedmm.data.long_tail import long_tail, long_tail_counts
-from fedmm.runs import build
-from fedmm.runs.config import load
+from fedmm.federation import build
 from fedmm.types import Example
 
 CONF = Path(__file__).parents[1] / "conf"

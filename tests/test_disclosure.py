@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import gradients, run, served, visiting
 
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode
-from fedmm.llm import wire
-from fedmm.llm.remote import RemoteLLM
+from fedmm.link import wire
+from fedmm.link.remote import RemoteLLM
 from fedmm.model import Model
 from fedmm.runs.folder import read_rows
 from fedmm.types import IGNORE
@@ -61,7 +61,9 @@ def test_the_server_reads_every_question_and_every_answer(
         tokens_BT = named(frames, "tokens").long()
     else:
         tokens_BT = words_in(
-            named(frames, "whole.0").detach(), parts.build_base(parts.take(*llava))[1], edge.token_terms()
+            named(frames, "whole.0").detach(),
+            frozen_modules.build_base(frozen_modules.take(*llava))[1],
+            edge.token_terms(),
         )
     assert text_BT.sum() > 15 and torch.equal(tokens_BT[text_BT], batch.tokens_BT[text_BT]), "the questions"
 

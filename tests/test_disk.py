@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import DATA, SMALL, rounds, run
 
-from fedmm.runs import home, summary
-from fedmm.runs.derived import is_loopback
+from fedmm.config.derived import is_loopback
+from fedmm.runs import summary
 from fedmm.runs.folder import RunFolder, read_rows
-from fedmm.store import Store
+from fedmm.storage import machine_cache
+from fedmm.storage.tensor_store import Store
 from fedmm.types import FedmmError
 
 
@@ -123,7 +124,7 @@ def test_a_run_and_a_home_are_for_their_owner_alone(backbone, tmp_path):
     before = os.umask(0)
     try:
         path = run(backbone, tmp_path / "new" / "run", "arm=feddat", "rounds=1", "compare=[fedavg]")
-        home.write(tmp_path / "asked" / "table.md", b"", public=True)
+        machine_cache.write(tmp_path / "asked" / "table.md", b"", public=True)
     finally:
         os.umask(before)
     places = [path, *path.rglob("*"), tmp_path / "home", *(tmp_path / "home").rglob("*")]

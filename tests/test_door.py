@@ -19,8 +19,8 @@ import pytest
 from conftest import gradients, rounds, run, served, visiting
 
 from fedmm import tree
-from fedmm.llm import tls
-from fedmm.llm.remote import HostFull, HostRefused, RemoteLLM, Session
+from fedmm.link import tls
+from fedmm.link.remote import HostFull, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
 
 HOST = Path(__file__).with_name("door_host.py")

@@ -7,10 +7,11 @@ from finished import page, rows_of, write_arm
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plots, table
+from fedmm.config import composition
+from fedmm.results import intervals, plots, table
 
 
-def cell(rows: list[evidence.Row], label: str, heading: str, against: str = "FedAvg") -> str:
+def cell(rows: list[intervals.Row], label: str, heading: str, against: str = "FedAvg") -> str:
     shown = table.columns(against, rows)
     at = [column.heading for column in shown].index(heading)
     return next(line for line in table.cells(rows, shown) if line[0] == label)[at]
@@ -23,7 +24,7 @@ def test_figures_by_hand(runs):
     half = 100 * t * 0.1 / 3**0.5
     assert cell(rows, "local", "own test %") == f"60.0 ± {half:.1f}"
     spread = 100 * t * 0.01 / 3**0.5
-    gained = evidence.differences(rows[2], rows[1])
+    gained = intervals.differences(rows[2], rows[1])
     assert gained == {s: pytest.approx({"0": 0.1, "1": -loss}) for s, loss in enumerate((0.0, 0.02, 0.04))}
     assert cell(rows, "FedAvg", "own - local") == f"+4.0 ± {spread:.1f}", "paired: not the difference of intervals"
     assert cell(rows, "local", "own - FedAvg") == f"-4.0 ± {spread:.1f}"
@@ -150,9 +151,9 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
     for rank in (4, 8):
         assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0 ¹"
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
-    assert evidence.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
+    assert intervals.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
     with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
-        evidence.against(["FedAvg, plateau", "local"], "FedAvg")
+        intervals.against(["FedAvg, plateau", "local"], "FedAvg")
 
 
 def test_arms_of_other_data_do_not_stand_side_by_side(tmp_path):
@@ -196,16 +197,16 @@ def test_who_was_not_scored_is_in_no_difference_and_said_to_be_missing(tmp_path)
     assert cell(rows, "FedDAT", "updates lost") == "6"
 
 
-@pytest.mark.parametrize("arm", config.options("arm"))
+@pytest.mark.parametrize("arm", composition.options("arm"))
 def test_seeds_of_one_arm_are_one_row(tmp_path, arm):
     """As they are composed: some settings follow the seed, as a rule's own."""
     paths = []
     for seed in (0, 1):
-        cfg = config.compose([f"arm={arm}", f"seed={seed}", f"run.dir={tmp_path}/{seed}"])
+        cfg = composition.compose([f"arm={arm}", f"seed={seed}", f"run.dir={tmp_path}/{seed}"])
         paths.append(write_arm(tmp_path / str(seed), cfg.label, seed, {"0": 0.5}))
         (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     assert [len(row.by_seed) for row in rows_of(paths)] == [2, 2]
-    other = config.compose([f"arm={arm}", "seed=2", "dataset.seed=5"])
+    other = composition.compose([f"arm={arm}", "seed=2", "dataset.seed=5"])
     paths.append(write_arm(tmp_path / "2", other.label, 2, {"0": 0.5}))
     (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(other))
     with pytest.raises(ValueError, match=r"differ in dataset.seed"):
@@ -219,11 +220,11 @@ def test_over_a_setting_each_value_has_its_own_partner(tmp_path):
         for label, right in (("FedAvg", 0.6), ("local", 0.5))
     ]
     rows = rows_of(runs)
-    assert evidence.against([row.label for row in rows], None) == "FedAvg"
+    assert intervals.against([row.label for row in rows], None) == "FedAvg"
     for rank in (4, 8):
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - local") == "+10.0 ¹"
         assert cell(rows, f"local, edge.rank={rank}", "own - FedAvg") == "-10.0 ¹"
-    assert evidence.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
+    assert intervals.against([row.label for row in rows if "local" in row.label], None) == "local, edge.rank=4"
     gains = table.by_client(rows).splitlines()
     assert gains[2] == "| domain | FedAvg, edge.rank=4 | +10.0 ¹ |"
 
@@ -242,4 +243,4 @@ def test_a_row_is_set_against_itself_with_another_value_of_a_setting(tmp_path):
         assert shown == ["–", f"-{10.0 * times} ¹", f"-{30.0 * times} ¹"]
     assert cell(rows, "local", "own - fault=none", "fault=none") == "–"
     with pytest.raises(ValueError, match="'fault=nan' is no arm here"):
-        evidence.against([row.label for row in rows], "fault=nan")
+        intervals.against([row.label for row in rows], "fault=nan")

@@ -8,14 +8,14 @@ from conftest import PROMPT, gradients, served, some_examples, visiting
 
 from fedmm import seeds
 from fedmm.codecs import Codecs
-from fedmm.edge import base, parts
+from fedmm.edge import base, frozen_modules
 from fedmm.edge.nano_edge import Lora
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.llm.remote import HostRefused, RemoteLLM
+from fedmm.link.remote import HostRefused, RemoteLLM
 from fedmm.losses import Mutual
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.model import Model
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import Step
 
 BRANCHES = (("local", "frozen"), ("shared",))  # FedDAT's: the dual adapter teacher, and the shared adapter
@@ -35,7 +35,7 @@ def shaken(edge):
 @pytest.fixture
 def triple(llava):
     """Shared, local and frozen adapters, the last without gradients."""
-    built, _ = parts.build(parts.take(*llava), sets=("shared", "local", "frozen"), rank=4, alpha=8.0)
+    built, _ = frozen_modules.build(frozen_modules.take(*llava), sets=("shared", "local", "frozen"), rank=4, alpha=8.0)
     for name in ("shared", "local", "frozen"):
         built.reset(seeds.generator(0, name), name)
     shaken(built).freeze_all_but(["shared.*", "local.*"])
@@ -101,7 +101,7 @@ def fisher_by_autograd(model, items):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_fisher_is_the_same_over_every_link(llava, local_llm, items, rank):
-    built, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=rank))
+    built, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=rank))
     built.reset(seeds.generator(0, "test"))
     shaken(built)
     if not rank:
@@ -121,7 +121,7 @@ def test_the_fisher_is_the_same_over_every_link(llava, local_llm, items, rank):
 
 def test_what_trains_in_front_of_the_llm_goes_up_whole(llava, local_llm, caplog):
     """Image positions then travel dense, and that is said; text stays factored. The bits stay those of one process."""
-    built, processor = parts.build(parts.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=2))
+    built, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=2))
     built.reset(seeds.generator(0, "test"))
     shaken(built)
     batch = collate(prepare(some_examples(), processor, PROMPT))

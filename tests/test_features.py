@@ -14,12 +14,14 @@ from conftest import PROMPT, rounds, run, some_examples
 from PIL import Image
 
 from fedmm import codecs, tree
-from fedmm.edge import parts
+from fedmm.config import composition, targets
+from fedmm.edge import frozen_modules
 from fedmm.edge.base import Connector
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.prepare import collate, content_of, encode, prepare
-from fedmm.runs import build, config, home, targets
-from fedmm.store import Store
+from fedmm.federation import build
+from fedmm.storage import machine_cache
+from fedmm.storage.tensor_store import Store
 from fedmm.types import Example
 
 SAMPLE_BYTES = 2048  # more than a file of one sample takes: 4 patches, 12 wide
@@ -37,7 +39,7 @@ class Eyes:
         return CachedEncoder(self.build, Store(memory_bytes=0, folder=self.folder, disk_bytes=disk_bytes), owner, codec)
 
     def build(self):
-        encoder = parts.build_encoder(self.frozen)
+        encoder = frozen_modules.build_encoder(self.frozen)
         encoder.register_forward_pre_hook(self._count)
         self.built.append(weakref.ref(encoder))
         return encoder
@@ -48,7 +50,7 @@ class Eyes:
 
 @pytest.fixture
 def eyes(llava, tmp_path) -> Eyes:
-    return Eyes(parts.take(*llava), tmp_path / "features")
+    return Eyes(frozen_modules.take(*llava), tmp_path / "features")
 
 
 @pytest.fixture
@@ -113,9 +115,9 @@ def shown(sizes: Sequence[tuple[int, int]], question: str) -> Example:
 def test_tokens_and_pixels_are_the_processors_own(llava, name):
     model, theirs = llava
     if name == "tiny":
-        backbone = targets.make(config.compose().llm)
+        backbone = targets.make(composition.compose().llm)
         model, theirs = backbone.model, backbone.processor
-    _, processor = parts.build(parts.take(model, theirs))
+    _, processor = frozen_modules.build(frozen_modules.take(model, theirs))
     examples = [
         shown([(16, 16)], "which digit is red ?"),
         shown([(40, 30), (9, 64)], "<image>what is the sum ?"),
@@ -226,26 +228,26 @@ def test_images_are_not_held(eyes, processor):
 
 
 def test_frozen_parts_are_mapped_and_those_that_are_not_whole_are_not_there(llava, own_home):
-    taken = parts.take(*llava)
+    taken = frozen_modules.take(*llava)
     digest = tree.digest(taken)
-    assert home.load_parts(digest) is None
+    assert machine_cache.load_parts(digest) is None
     with pytest.raises(ValueError, match="the host's frozen parts have hash"):
-        home.save_parts("0" * 64, taken)
-    home.save_parts(digest, taken)
-    mapped = home.load_parts(digest)
+        machine_cache.save_parts("0" * 64, taken)
+    machine_cache.save_parts(digest, taken)
+    mapped = machine_cache.load_parts(digest)
     assert tree.digest(mapped) == digest and "table" in mapped and "other" not in mapped
-    built, _ = parts.build(mapped, encoder=False)
+    built, _ = frozen_modules.build(mapped, encoder=False)
     assert built.encoder is None
-    path = home.home() / "edge" / f"{digest}.safetensors"
+    path = machine_cache.home() / "edge" / f"{digest}.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert home.load_parts(digest) is None
+    assert machine_cache.load_parts(digest) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_of_a_file_are_those_of_the_tensor(tmp_path, dtype):
     table_VD = torch.randn(50, 6).to(dtype)
-    home.save({"other": torch.ones(3), "table": table_VD}, tmp_path / "file.safetensors")
-    rows = home.Mapped(tmp_path / "file.safetensors").rows("table")
+    machine_cache.save({"other": torch.ones(3), "table": table_VD}, tmp_path / "file.safetensors")
+    rows = machine_cache.Mapped(tmp_path / "file.safetensors").rows("table")
     tokens_N = torch.tensor([49, 0, 7, 7, 31])
     assert rows.shape == table_VD.shape
     assert torch.equal(rows[tokens_N], table_VD[tokens_N]) and rows[tokens_N[:0]].shape == (0, 6)
@@ -253,14 +255,14 @@ def test_rows_of_a_file_are_those_of_the_tensor(tmp_path, dtype):
 
 @pytest.mark.parametrize("change", ["missing", "shape"])
 def test_parts_that_their_config_does_not_describe_are_refused(llava, change):
-    taken = parts.take(*llava)
+    taken = frozen_modules.take(*llava)
     name = next(name for name in taken if name.startswith("encoder/"))
     if change == "missing":
         del taken[name]
     else:
         taken[name] = taken[name][:1]
     with pytest.raises(ValueError, match="config says"):
-        parts.build(taken)
+        frozen_modules.build(taken)
 
 
 def test_the_connector_is_transformers_own(llava):
@@ -279,9 +281,9 @@ def test_the_connector_is_transformers_own(llava):
 @pytest.fixture
 def built(monkeypatch):
     """The threads of those who built an encoder."""
-    names, build = [], parts.build_encoder
+    names, build = [], frozen_modules.build_encoder
     monkeypatch.setattr(
-        parts, "build_encoder", lambda given: (names.append(threading.current_thread().name), build(given))[1]
+        frozen_modules, "build_encoder", lambda given: (names.append(threading.current_thread().name), build(given))[1]
     )
     return names
 
@@ -297,7 +299,7 @@ def test_an_encoder_is_built_once_a_run_and_bits_do_not_depend_on_what_was_there
     assert by_clients(built) == 3, "once for each of three clients, in three messages each"
     warm = rounds(run(backbone, tmp_path / "warm"))
     assert by_clients(built) == 3
-    for path in home.home().rglob("*.safetensors"):
+    for path in machine_cache.home().rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     assert rounds(run(backbone, tmp_path / "harmed")) == cold == warm
     assert by_clients(built) == 6
@@ -313,7 +315,7 @@ def test_another_backbone_finds_nothing_of_the_first(backbone, tmp_path, built):
     other = small_llava(tmp_path / "llava", seed=1, image_size=48)
     run(backbone, tmp_path / "other", "rounds=1", f"llm.path={other}")
     assert by_clients(built) == 6
-    assert len(list((home.home() / "features").iterdir())) == 2
+    assert len(list((machine_cache.home() / "features").iterdir())) == 2
 
 
 def test_without_a_cache_pixels_are_encoded_in_every_step(backbone, tmp_path):
@@ -326,6 +328,9 @@ def test_lossy_features_go_through_a_whole_run(backbone, tmp_path):
     exact = run(backbone, tmp_path / "exact", "rounds=1")
     int8 = run(backbone, tmp_path / "int8", "rounds=1", "link.codec.features=int8")
     assert rounds(exact)[0]["state"] != rounds(int8)[0]["state"]
-    stored = [safetensors.torch.load_file(path)["tensor"] for path in (home.home() / "features").rglob("*.safetensors")]
+    stored = [
+        safetensors.torch.load_file(path)["tensor"]
+        for path in (machine_cache.home() / "features").rglob("*.safetensors")
+    ]
     lossy = [features for features in stored if torch.equal(codecs.rounded(features, "int8"), features)]
     assert len(lossy) == len(stored) / 2 > 0

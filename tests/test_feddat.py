@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import PROMPT, served, some_examples, visiting
 
 from fedmm import seeds, tree
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import batches, encode, prepare
-from fedmm.llm.remote import RemoteLLM
+from fedmm.link.remote import RemoteLLM
 from fedmm.methods.feddat import feddat, progress
 from fedmm.model import Model
 from fedmm.train import train
@@ -23,7 +23,9 @@ T = 3.0
 
 
 def started(llava, llm):
-    built, processor = parts.build(parts.take(*llava), sets=("shared", "local", "frozen"), rank=4, alpha=8.0)
+    built, processor = frozen_modules.build(
+        frozen_modules.take(*llava), sets=("shared", "local", "frozen"), rank=4, alpha=8.0
+    )
     for name in ("shared", "local", "frozen"):
         built.reset(seeds.generator(0, "adapters"), name)
     built.freeze_all_but(["shared.*", "local.*"])

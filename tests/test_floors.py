@@ -13,31 +13,27 @@ import fedmm
 
 PACKAGE = Path(fedmm.__file__).parent
 FLOORS = [
-    (
-        "fedmm",
-        "fedmm.types",
-        "fedmm.tree",
-        "fedmm.seeds",
-        "fedmm.store",
-        "fedmm.ram",
-        "fedmm.peak",
-        "fedmm.shown",
-        "fedmm.disk",
-    ),
-    ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.losses", "fedmm.codecs"),
+    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds", "fedmm.storage", "fedmm.shown", "fedmm.peak"),
+    ("fedmm.adapters", "fedmm.losses", "fedmm.codecs"),
+    ("fedmm.edge", "fedmm.aggregate", "fedmm.data"),
     ("fedmm.llm", "fedmm.model"),
+    ("fedmm.link",),
     ("fedmm.methods", "fedmm.train", "fedmm.faults", "fedmm.stages", "fedmm.evaluate"),
+    ("fedmm.config",),
     ("fedmm.runs",),
+    ("fedmm.federation",),
+    ("fedmm.results",),
+    ("fedmm.sweep",),
     ("fedmm.flower",),
     ("fedmm.cli", "fedmm.bench"),
 ]
 ONLY_IN = {
     "flwr": ("fedmm.flower",),
-    "grpc": ("fedmm.llm", "fedmm.bench.bare"),  # bench: the floor that the link is measured against
-    "hydra": ("fedmm.runs.config", "fedmm.runs.targets"),
-    "matplotlib": ("fedmm.runs.plots", "fedmm.data"),  # data: the fonts that it carries
+    "grpc": ("fedmm.link", "fedmm.bench.bare"),  # bench: the floor that the link is measured against
+    "hydra": ("fedmm.config.composition", "fedmm.config.targets"),
+    "matplotlib": ("fedmm.results.plots", "fedmm.data"),  # data: the fonts that it carries
     "sklearn": ("fedmm.data",),
-    "peft": ("fedmm.edge",),
+    "peft": ("fedmm.adapters", "fedmm.edge"),
     "ray": (),
     "pickle": (),
 }
@@ -84,18 +80,29 @@ def test_imports_point_down(path):
             assert module_of(path).startswith(ONLY_IN[top] or ("nowhere",)), f"{module_of(path)} imports {name}"
 
 
+def test_no_import_leads_back_to_where_it_started():
+    """A circle has no order in which it can be understood."""
+    modules = {module_of(path): imports_of(path) for path in FILES}
+    waiting = {name: {other for other in found if other in modules} - {name} for name, found in modules.items()}
+    while free := [name for name, left in waiting.items() if not left]:
+        for name in free:
+            del waiting[name]
+        waiting = {name: left - {*free} for name, left in waiting.items()}
+    assert not waiting, f"these import each other: {', '.join(sorted(waiting))}"
+
+
 def test_remote_knows_neither_host_nor_local():
-    assert not {"fedmm.llm.host", "fedmm.llm.local"} & imports_of(PACKAGE / "llm" / "remote.py")
+    assert not {"fedmm.link.host", "fedmm.llm.local"} & imports_of(PACKAGE / "link" / "remote.py")
 
 
 def test_a_wrong_import_would_be_seen(tmp_path):
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("from fedmm.runs import config\nimport fedmm.flower.rounds\n")
-    assert imports_of(wrong) == {"fedmm.runs.config", "fedmm.flower.rounds"}
+    wrong.write_text("from fedmm.config import composition\nimport fedmm.flower.rounds\n")
+    assert imports_of(wrong) == {"fedmm.config.composition", "fedmm.flower.rounds"}
     assert (
-        floor_of("fedmm.runs.config")
-        > floor_of("fedmm.llm.host")
-        > floor_of("fedmm.edge.parts")
+        floor_of("fedmm.config.composition")
+        > floor_of("fedmm.link.host")
+        > floor_of("fedmm.edge.frozen_modules")
         > floor_of("fedmm.tree")
     )
 

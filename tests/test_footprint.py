@@ -9,9 +9,9 @@ import torch
 from conftest import served, visiting
 
 from fedmm.bench import served as bench
-from fedmm.llm.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes
+from fedmm.link.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes
+from fedmm.link.remote import HostRefused
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import HostRefused
 from fedmm.losses import Mutual
 from fedmm.peak import peak_bytes
 from fedmm.types import Embeds
@@ -89,7 +89,7 @@ def test_a_curve_goes_through_its_points_or_above():
 
 
 def test_the_limit_is_a_share_of_what_is_free(monkeypatch):
-    monkeypatch.setattr("fedmm.ram.free_bytes", lambda: 21 << 30)
+    monkeypatch.setattr("fedmm.storage.memory.free_bytes", lambda: 21 << 30)
     cpu = torch.device("cpu")
     assert default_limit_bytes(cpu, 1, 1 << 30) == pytest.approx(0.8 * (20 << 30), rel=1e-6)
     assert 2.2 < default_limit_bytes(cpu, 1, 0) / default_limit_bytes(cpu, 2, 0) < 2.3, "and a small one beside two"

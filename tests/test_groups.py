@@ -7,8 +7,10 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+from fedmm.config import composition
 from fedmm.evaluate.groups import group, tally
-from fedmm.runs import build, config, summary
+from fedmm.federation import build
+from fedmm.runs import summary
 from fedmm.runs.folder import RunFolder
 
 
@@ -38,7 +40,7 @@ def test_tally_by_hand_leaves_out_what_nobody_asked_about():
 
 
 def test_classes_are_counted_over_all_clients_and_the_unseen_ones_too():
-    cfg = config.load(
+    cfg = composition.load(
         [
             "scenario=long_tail",
             "clients=4",
@@ -50,13 +52,13 @@ def test_classes_are_counted_over_all_clients_and_the_unseen_ones_too():
     )
     counts = build.class_counts(cfg)
     assert list(counts.items())[:3] == [("0", 20), ("1", 15), ("2", 11)] and list(counts) == list("0123456789")
-    none = config.load(["partition=iid", "dataset.train=8", "dataset.test=90", "dataset.validation=0"])
+    none = composition.load(["partition=iid", "dataset.train=8", "dataset.test=90", "dataset.validation=0"])
     assert 0 in build.class_counts(none).values() and sum(build.class_counts(none).values()) == 8
 
 
 def test_the_summary_has_groups_of_both_ends_and_counts_a_repeated_answer_once(tmp_path):
     asked = ["scenario=long_tail", "rounds=2", "clients=2", f"run.dir={tmp_path}"]
-    folder = RunFolder(tmp_path, OmegaConf.to_yaml(config.load(asked)), asked)
+    folder = RunFolder(tmp_path, OmegaConf.to_yaml(composition.load(asked)), asked)
     (tmp_path / summary.CLASSES).write_text(json.dumps({"0": 9, "1": 5, "2": 1}))
     rows = [(0, 0, "a", "0", "1"), (2, 0, "a", "0", "0"), (2, 1, "b", "1", "0"), (2, 1, "c", " 2", "2")]
     for round, part, id, said, truth in [*rows, rows[1], (1, 0, "a", "0", "0")]:

@@ -13,13 +13,13 @@ import pytest
 from conftest import PROMPT
 from PIL import Image
 
+from fedmm.config import composition, targets
 from fedmm.data import hub, partition
 from fedmm.data.hub import classification, questions
 from fedmm.data.joined import joined
 from fedmm.data.long_tail import long_tail
 from fedmm.edge.prepare import prepare
 from fedmm.flower.server_app import plan
-from fedmm.runs import config, targets
 
 NAMES = ["zebra", "ant", "moth"]  # not in the order of the alphabet
 TRAIN = [i % 3 for i in range(36)]
@@ -261,7 +261,7 @@ def test_a_split_that_one_has_not_is_refused(tmp_path):
 @pytest.mark.parametrize(("name", "clients"), [("domain", 5), ("function", 6), ("scene", 6), ("task", 4)])
 def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, processor, name, clients):
     monkeypatch.setenv("FEDMM_DATA", str(tmp_path))
-    cfg = config.load([f"scenario=feddat_{name}"])
+    cfg = composition.load([f"scenario=feddat_{name}"])
     for dataset in cfg.dataset.of:
         asked_folder(tmp_path / dataset, pair=dataset == "nlvr2")
     made = targets.make(cfg.dataset)()
@@ -274,7 +274,7 @@ def test_feddats_benchmarks_load_from_folders(tmp_path, monkeypatch, processor, 
 
 @pytest.mark.parametrize("name", ["domain", "function", "scene", "task"])
 def test_the_papers_settings_leave_a_scenario_its_clients(name):
-    cfg = config.load(["experiment=feddat", f"scenario=feddat_{name}"])
+    cfg = composition.load(["experiment=feddat", f"scenario=feddat_{name}"])
     assert cfg.clients == len(cfg.dataset.of) and cfg.rounds == 30
 
 

@@ -11,20 +11,21 @@ from conftest import PROMPT, served, small_llava, some_examples, visiting
 from test_feddat import run, states, written_out
 
 from fedmm import seeds
-from fedmm.edge import inner, parts
+from fedmm.adapters import inner
+from fedmm.config import composition
+from fedmm.edge import frozen_modules
 from fedmm.edge.folding import fold
 from fedmm.edge.nano_edge import Lora
 from fedmm.edge.prepare import batches, collate, encode, prepare
+from fedmm.federation.build import local_model, whole
+from fedmm.link.remote import RemoteLLM
 from fedmm.llm.loading import llava as load
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import Mutual, branch_losses
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.methods.lora import lora
 from fedmm.model import Model
-from fedmm.runs import config
-from fedmm.runs.build import local_model, whole
 from fedmm.train import train
 from fedmm.types import Step
 
@@ -41,7 +42,9 @@ def started(llava, kind, *, rank=0, checkpointing=False, moved=0.0, **options):
     model = twin(llava[0])
     decoder = model.model.language_model
     KINDS[kind](decoder, SETS)
-    edge, processor = parts.build(parts.take(*llava), sets=SETS, rank=rank, alpha=8.0, decoder=decoder, **options)
+    edge, processor = frozen_modules.build(
+        frozen_modules.take(*llava), sets=SETS, rank=rank, alpha=8.0, decoder=decoder, **options
+    )
     llm = LocalLLM(model, checkpointing=checkpointing, inner=edge.inner)
     generator = seeds.generator(0, "moved")
     for name in SETS:
@@ -54,7 +57,7 @@ def started(llava, kind, *, rank=0, checkpointing=False, moved=0.0, **options):
 
 
 def plain(llava):
-    return Model(parts.build(parts.take(*llava))[0], LocalLLM(twin(llava[0])))
+    return Model(frozen_modules.build(frozen_modules.take(*llava))[0], LocalLLM(twin(llava[0])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +162,7 @@ def test_each_branch_has_its_own_adapters(llava, loss_at):
 def test_the_fisher_is_that_of_the_split_model_where_both_have_it(llava, local_llm):
     """At B = 0 inside, what stands in front of the LLM has the Fisher that one pass a batch finds."""
     model, items = started(llava, "lora", rank=4)
-    split, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0)
+    split, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     generator = seeds.generator(0, "test")
     for parameter in split.trainable("shared").values():
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -189,7 +192,9 @@ def test_lora_in_the_encoder_serves_several_sets_too(llava, local_llm):
     """FedDAT with edge.lora, near and through the link."""
 
     def model(llm):
-        built, processor = parts.build(parts.take(*llava), sets=SETS, rank=4, alpha=8.0, lora=Lora(rank=2))
+        built, processor = frozen_modules.build(
+            frozen_modules.take(*llava), sets=SETS, rank=4, alpha=8.0, lora=Lora(rank=2)
+        )
         for name in SETS:
             built.reset(seeds.generator(0, "adapters"), name)
             for parameter in built.trainable(name).values():
@@ -249,7 +254,7 @@ def test_what_does_not_fold_is_told(llava_folder):
 @pytest.mark.parametrize("arm", ["fedavg_llm", "feddat_llm"])
 def test_an_arm_inside_the_llm_trains_as_many_parameters_as_nano_adapters(arm):
     def count(*overrides):
-        cfg = config.load(overrides)
+        cfg = composition.load(overrides)
         edge = local_model(cfg, whole(cfg), encoder=False)[0].edge
         return {sum(p.numel() for p in edge.trainable(name).values()) for name in cfg.method.sets}
 

@@ -15,11 +15,11 @@ import torch
 from conftest import CountingProxy, gradients, served, visiting
 
 from fedmm import tree
-from fedmm.edge import parts
-from fedmm.llm import tls, wire
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host
-from fedmm.llm.remote import HostGone, HostRefused, RemoteLLM, Session
+from fedmm.edge import frozen_modules
+from fedmm.link import tls, wire
+from fedmm.link.features import Features
+from fedmm.link.host import Host
+from fedmm.link.remote import HostGone, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.types import FedmmError
 
@@ -390,7 +390,7 @@ def test_a_port_that_is_taken_names_the_knob(llava, edge, local_llm):
 
 def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
     """Frames as large as real ones; gRPC's own framing is the difference, and less than 1%."""
-    built, _ = parts.build(parts.take(*llava), rank=4)
+    built, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4)
     with served(llava, built, local_llm) as (host, _):
         proxy = CountingProxy(host.port)
         with visiting(host, address=proxy.address) as session:
@@ -467,9 +467,9 @@ def test_an_update_is_safe_before_its_round_can_close(llava, edge, local_llm):
         time.sleep(0.5)
         order.append("safe")
 
-    frozen = parts.take(*llava)
+    frozen = frozen_modules.take(*llava)
     with Host(
-        local_llm, card={}, edge=frozen, features=Features(*parts.build_base(frozen)), on_update=slow_disk
+        local_llm, card={}, edge=frozen, features=Features(*frozen_modules.build_base(frozen)), on_update=slow_disk
     ) as host:
         host.open_round(1, edge.state(), [0])
         with visiting(host) as session:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import PROMPT, gradients, served, some_examples, visiting
 
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.llm.engine import Engine, Rows
+from fedmm.link.engine import Engine, Rows
+from fedmm.link.remote import RemoteLLM
 from fedmm.llm.loading import llava as load
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM
 from fedmm.model import Model
 
 pytestmark = [
@@ -26,11 +26,11 @@ def test_a_narrow_llm_trains_edges_that_are_not(llava_folder, edge, load_in):
     backbone = load(path=str(llava_folder), prompt=PROMPT, dtype="bfloat16", load_in=load_in, device="cpu")
     decoder = backbone.model.model.language_model
     assert decoder.layers[0].mlp.up_proj.weight.dtype == HELD[load_in]
-    frozen = parts.take(backbone.model, backbone.processor)
+    frozen = frozen_modules.take(backbone.model, backbone.processor)
     assert all(t.is_floating_point() for name, t in frozen.items() if not name.startswith("file/"))
     exact = load(path=str(llava_folder), prompt=PROMPT, dtype="float32", device="cpu")
     state = edge.state()
-    edge, processor = parts.build(frozen, rank=4, alpha=8.0)
+    edge, processor = frozen_modules.build(frozen, rank=4, alpha=8.0)
     edge.load(state)
     batch = collate(encode(edge, prepare(some_examples(), processor, PROMPT)))
     local = LocalLLM(backbone.model)

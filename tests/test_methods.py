@@ -11,16 +11,16 @@ import torch
 from conftest import PROMPT, some_examples
 
 from fedmm import seeds, tree
-from fedmm.edge import parts
+from fedmm.adapters.schema import fits
+from fedmm.config import composition, targets
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import batches, collate, encode, prepare
-from fedmm.edge.schema import fits
 from fedmm.losses import answer_cross_entropy
 from fedmm.methods.balanced import balanced_softmax, counts, logit_adjustment
 from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
 from fedmm.methods.sampling import class_balanced
 from fedmm.model import Model
-from fedmm.runs import config, targets
 from fedmm.train import rate_share, train
 from fedmm.types import IGNORE, Step
 
@@ -29,7 +29,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.5)
 
 def started(llava, llm, count=10):
     """A model at its common start, and ten examples to train on."""
-    built, processor = parts.build(parts.take(*llava), rank=4, alpha=8.0)
+    built, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     built.reset(seeds.generator(0, "test"))
     return Model(built, llm), encode(built, prepare(some_examples(count), processor, PROMPT))
 
@@ -320,11 +320,13 @@ def test_sampling_orders_every_epoch_by_the_same_stream(llava, local_llm):
     assert asked == [torch.randperm(3, generator=seeds.generator(0, f"batches/{e}", 1, 0)).tolist() for e in (0, 1)]
 
 
-@pytest.mark.parametrize("name", sorted({*config.options("method")} - {"creff"}))  # of a classifier: test_classifier
+@pytest.mark.parametrize(
+    "name", sorted({*composition.options("method")} - {"creff"})
+)  # of a classifier: test_classifier
 def test_every_method_trains_what_it_says(llava, local_llm, name):
     """Over every yaml: the sets named are there, training moves them, and the Fisher has the state's shapes."""
-    cfg = config.compose([f"method={name}", "rule=mean"])
-    built, processor = parts.build(parts.take(*llava), sets=tuple(cfg.method.sets), rank=4)
+    cfg = composition.compose([f"method={name}", "rule=mean"])
+    built, processor = frozen_modules.build(frozen_modules.take(*llava), sets=tuple(cfg.method.sets), rank=4)
     for one in cfg.method.sets:
         built.reset(seeds.generator(0, "test"), one)
     schema = targets.make(cfg.schema)(2, 2)  # the last round: feddpa's local adapters train in it

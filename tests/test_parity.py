@@ -8,15 +8,15 @@ from conftest import PROMPT, gradients, served, small_llava, some_examples, visi
 from torch import nn
 
 from fedmm import seeds
-from fedmm.edge import parts
+from fedmm.config import composition, targets
+from fedmm.edge import frozen_modules
 from fedmm.edge.folding import fold
 from fedmm.edge.nano_edge import Lora
 from fedmm.edge.prepare import collate, encode, prepare
+from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
-from fedmm.runs import config, targets
 
 
 def load(folder):
@@ -48,10 +48,10 @@ def test_remote_equals_local(llava, local_llm, edge, items, loss_at, encoding, c
 
 def test_the_embedded_backbone_keeps_parity_too():
     """As it ships, on its own data, in a batch as training has it."""
-    cfg = config.compose()
+    cfg = composition.compose()
     backbone = targets.make(cfg.llm)
     frozen = (backbone.model, backbone.processor)
-    built, processor = parts.build(parts.take(*frozen), rank=4)
+    built, processor = frozen_modules.build(frozen_modules.take(*frozen), rank=4)
     built.reset(seeds.generator(0, "test"))
     examples = targets.make(cfg.dataset)(train=32, validation=0, test=0)["train"]
     batch, llm = collate(prepare(examples, processor, backbone.prompt)), LocalLLM(backbone.model)
@@ -69,9 +69,9 @@ def test_the_embedded_backbone_keeps_parity_too():
 @pytest.fixture(scope="module")
 def tasks():
     """The embedded backbone with an edge that has left its start, and ten questions, two of them about two images."""
-    cfg = config.compose(["scenario=task"])
+    cfg = composition.compose(["scenario=task"])
     backbone = targets.make(cfg.llm)
-    built, processor = parts.build(parts.take(backbone.model, backbone.processor), rank=4)
+    built, processor = frozen_modules.build(frozen_modules.take(backbone.model, backbone.processor), rank=4)
     built.reset(seeds.generator(0, "test"))
     examples = targets.make(cfg.dataset)(train=10, validation=0, test=0)["train"]
     return backbone, built, examples, encode(built, prepare(examples, processor, backbone.prompt))
@@ -123,7 +123,7 @@ def test_remote_generates_what_local_does(llava, local_llm, edge, items):
 
 
 def test_lora_in_the_encoder_trains_across_the_link(llava, local_llm):
-    built, processor = parts.build(parts.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=2))
+    built, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, lora=Lora(rank=2))
     built.reset(seeds.generator(0, "test"))
     with torch.no_grad():
         for parameter in built.trainable("shared").values():
@@ -184,7 +184,7 @@ def test_split_equals_undivided(llava_folder, edge, processor):
 def test_folded_equals_adapted(tmp_path, edge, items, tied):
     folder = small_llava(tmp_path, tied=tied)
     model, processor = load(folder)
-    built, _ = parts.build(parts.take(model, processor), rank=4, alpha=8.0)
+    built, _ = frozen_modules.build(frozen_modules.take(model, processor), rank=4, alpha=8.0)
     built.load(edge.state())
     batch = collate(items)
     logits = Model(built, LocalLLM(model))(batch)

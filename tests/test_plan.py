@@ -12,12 +12,14 @@ from finished import composed_arm, write_arm
 from omegaconf import OmegaConf
 
 from fedmm.cli import main
-from fedmm.runs import config, plan, records, settings, sweep
+from fedmm.config import composition, settings
+from fedmm.runs import records
+from fedmm.sweep import plan, runner
 from fedmm.types import FedmmError
 
 
 def test_hydra_reads_the_axes():
-    found = config.axes(
+    found = composition.axes(
         ["arm=fedavg,local", "seed=range(0,3)", "compare=[local,fedavg]", "dataset.kinds=[sum],[read,sum]"]
     )
     assert found == {
@@ -25,22 +27,22 @@ def test_hydra_reads_the_axes():
         "dataset.kinds": ("[sum]", "[read,sum]"),
     }  # fmt: skip
     with pytest.raises(settings.ConfigError, match="cannot be read"):
-        config.axes(["arm=[fedavg"])
+        composition.axes(["arm=[fedavg"])
 
 
 def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
     made = plan.jobs(tmp_path, ["arm=fedavg,local", "seed=0,1", "edge.rank=4,8"])
     assert len({job.path for job in made}) == len(made) == 8
-    labels = {config.compose(job.overrides).label for job in made}
+    labels = {composition.compose(job.overrides).label for job in made}
     assert labels == {"FedAvg, edge.rank=4", "FedAvg, edge.rank=8", "local, edge.rank=4", "local, edge.rank=8"}
     (one,) = plan.jobs(tmp_path, ["arm=fedavg", "rounds=3"])
-    assert config.compose(one.overrides).label == "FedAvg" and one.name == "arm-fedavg"
+    assert composition.compose(one.overrides).label == "FedAvg" and one.name == "arm-fedavg"
     assert one.overrides[:2] == ("arm=fedavg", "rounds=3") and len(one.overrides) == 3, "each once, and where"
 
 
 def test_settings_that_make_other_data_name_the_data(tmp_path):
     made = plan.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
-    cfgs = [config.compose(job.overrides) for job in made]
+    cfgs = [composition.compose(job.overrides) for job in made]
     assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
     assert {cfg.data for cfg in cfgs} == {
         f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
@@ -48,7 +50,7 @@ def test_settings_that_make_other_data_name_the_data(tmp_path):
     other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
     assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
     (one,) = plan.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
-    assert config.compose(one.overrides).data == "mine"
+    assert composition.compose(one.overrides).data == "mine"
 
 
 def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_path):
@@ -57,14 +59,14 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
     ((cell_, tried),) = cells.items()
     assert cell_ == ("arm=fedavg", "evaluate.every=1"), "the seeds that are reported take no part"
     for job in tried.values():
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         assert (cfg.evaluate.split, cfg.seed, cfg.evaluate.every) == ("validation", plan.TUNING_SEED, 0)
     for job, right in zip(tried.values(), (0.4, 0.6, 0.6), strict=True):
         write_arm(job.path, "FedAvg", plan.TUNING_SEED, {"0": right, "1": right})
-    found = {value: sweep.accuracy(job) for value, job in tried.items()}
+    found = {value: runner.accuracy(job) for value, job in tried.items()}
     assert plan.best(found) == "0.003" and plan.further(found, 5) is None, "of equal ones the first"
     final = plan.jobs(tmp_path, ["arm=fedavg", "seed=0,1"], lambda cell: ["optimizer.lr=3e-3"])
-    assert [config.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
+    assert [composition.compose(job.overrides).optimizer.lr for job in final] == [3e-3, 3e-3]
     with pytest.raises(settings.ConfigError, match="gives one value"):
         plan.search("optimizer.lr=1e-3")
     with pytest.raises(settings.ConfigError, match="gives 0.001 twice"):
@@ -73,18 +75,18 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
         plan.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
 
 
-@pytest.mark.parametrize("scenario", config.options("scenario"))
+@pytest.mark.parametrize("scenario", composition.options("scenario"))
 def test_every_scenario_can_be_searched(tmp_path, scenario):
     ((_, tried),) = plan.trials(tmp_path, [f"scenario={scenario}"], plan.search("optimizer.lr=1e-3,3e-3")).items()
     for job in tried.values():
-        assert not list(config.check(config.compose(job.overrides)))
+        assert not list(composition.check(composition.compose(job.overrides)))
 
 
 def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
     from fedmm.flower import server_app
 
     with pytest.raises(settings.ConfigError, match=r"rounds must be at least 0[\s\S]*seed-0.*seed-1"):
-        sweep.run(tmp_path, ["arm=fedavg", "seed=0,1", "rounds=-1"], None, at_once=1, check=server_app.plan, say=print)
+        runner.run(tmp_path, ["arm=fedavg", "seed=0,1", "rounds=-1"], None, at_once=1, check=server_app.plan, say=print)
     assert not any(tmp_path.iterdir())
     assert main(["sweep", str(tmp_path), "arm=fedavg,nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
@@ -101,13 +103,13 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypat
         write_arm(job.path, job.name, 0, {"0": 0.5})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     said: list[str] = []
     with pytest.raises(FedmmError, match=r"1 of 3 runs failed.*the disk is full"):
-        sweep.run(tmp_path, ["arm=fedavg,local,fedprox"], None, at_once=1, check=lambda _: None, say=said.append)
+        runner.run(tmp_path, ["arm=fedavg,local,fedprox"], None, at_once=1, check=lambda _: None, say=said.append)
     assert sum("FAILED" in line for line in said) == 1
     assert {path.name for path in (tmp_path / "runs").glob("*/")} >= {"arm-fedavg", "arm-fedprox"}
-    sweep.run(tmp_path, ["arm=fedavg,fedprox,fednano"], None, at_once=1, check=lambda _: None, say=said.append)
+    runner.run(tmp_path, ["arm=fedavg,fedprox,fednano"], None, at_once=1, check=lambda _: None, say=said.append)
     assert said[-2] == "2 of 3 are done already", "more values later find what is there"
 
 
@@ -120,7 +122,7 @@ def test_what_a_killed_sweep_left_running_is_waited_for(tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX)
         left = subprocess.Popen([sys.executable, "-c", finish], stdout=log, stderr=subprocess.STDOUT)
     assert not job.done
-    assert sweep._run_one(job), "the one that was there came to its end, and no other began"
+    assert runner._run_one(job), "the one that was there came to its end, and no other began"
     assert left.wait() == 0 and job.log.read_text() == ""
 
 
@@ -131,40 +133,40 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     ran: list[str] = []
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         ran.append(job.name)
         write_arm(job.path, cfg.label, cfg.seed, {"0": cfg.optimizer.lr})
         (job.path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
         return len(ran) != 3 or bool(job.path.joinpath("summary.json").unlink())
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     asked = (tmp_path, ["arm=fedavg", "seed=0,1"], plan.search("optimizer.lr=1e-3,3e-3"))
     with pytest.raises(FedmmError):
-        sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
-    done = sweep.run(*asked, at_once=1, check=server_app.plan, say=print)
+        runner.run(*asked, at_once=1, check=server_app.plan, say=print)
+    done = runner.run(*asked, at_once=1, check=server_app.plan, say=print)
     assert len(ran) == 5 and len(set(ran)) == 4, "two trials, two seeds, one of them again"
     assert [run.settings["optimizer.lr"] for run in done.runs] == [3e-3, 3e-3]
-    sweep.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
-    sweep.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
+    runner.run(tmp_path, ["arm=local"], asked[2], at_once=1, check=server_app.plan, say=print)
+    runner.run(tmp_path, ["arm=fedprox"], None, at_once=1, check=server_app.plan, say=print)
     known = [choice.combination for choice in records.noted(tmp_path).choices]
     assert known == [("arm=fedavg",), ("arm=local",)], "a later part keeps what an earlier one chose"
     with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
-        sweep.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
+        runner.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
 
 
 def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     """Accuracy rises with the rate for fedavg, without end, and falls for local; fedprox has its best in the middle."""
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         step = math.log2(cfg.optimizer.lr / 2e-3)
         right = {"FedAvg": 0.5 + step / 100, "local": 0.5 - step / 100, "FedProx": 0.5 - abs(step) / 100}[cfg.label]
         write_arm(job.path, cfg.label, cfg.seed, {"0": right})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     asked = ["arm=fedavg,local,fedprox"], plan.search("optimizer.lr=1e-3,4e-3,2e-3")  # in whatever order
-    sweep.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
+    runner.run(tmp_path, *asked, at_once=1, check=lambda _: None, say=print)
     told = {choice.combination[0]: choice for choice in records.noted(tmp_path).choices}
     assert list(told["arm=fedavg"].tried) == ["0.001", "0.002", "0.004", "0.008", "0.016"]
     assert told["arm=fedavg"].chosen == "0.016" and told["arm=local"].chosen == "0.00025"
@@ -181,18 +183,18 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     ran: list[str] = []
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][rates.index(cfg.optimizer.lr)]})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     how = {"at_once": 1, "check": lambda _: None, "say": print}
     asked, tune = ["arm=fedavg", "scenario=domain,function"], "optimizer.lr=1e-3,3e-3,9e-3"
     tried = dict(zip(("0.001", "0.003", "0.009", "0.027"), (*right["domain"], 0.2), strict=True))
     choice = records.Choice.of("optimizer.lr", ["arm=fedavg", "scenario=domain"], tried, "0.009")
     known = records.Records(choices=[choice])
-    made = sweep.run(tmp_path / "one", asked, plan.search(tune, "scenario"), known=known, **how)
+    made = runner.run(tmp_path / "one", asked, plan.search(tune, "scenario"), known=known, **how)
     assert ran == [
         "function 0.001 100",
         "function 0.003 100",
@@ -202,13 +204,13 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     ]
     assert [(choice.chosen, max(choice.tried.values())) for choice in made.choices] == [("0.003", 0.8), ("0.003", 0.6)]
     ran.clear()
-    alone = sweep.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], plan.search(tune), known=known, **how)
+    alone = runner.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], plan.search(tune), known=known, **how)
     assert alone.choices[0].chosen == "0.009" and list(alone.choices[0].tried) == ["0.001", "0.003", "0.009", "0.027"]
     assert ran == ["domain 0.009 0"], "it goes on past the end that is best, to what is known"
     with pytest.raises(settings.ConfigError, match="--tune-across method is no override of this sweep"):
-        sweep.run(tmp_path / "x", asked, plan.search(tune, "method"), **how)
+        runner.run(tmp_path / "x", asked, plan.search(tune, "method"), **how)
     with pytest.raises(settings.ConfigError, match="--tune-across seed"):
-        sweep.run(tmp_path / "x", [*asked, "seed=0,1"], plan.search(tune, "seed"), **how)
+        runner.run(tmp_path / "x", [*asked, "seed=0,1"], plan.search(tune, "seed"), **how)
     with pytest.raises(settings.ConfigError, match="has nothing to choose; add --tune"):
         plan.search(None, "scenario")
 
@@ -219,12 +221,12 @@ def ran(monkeypatch) -> list[str]:
     told: list[str] = []
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         told.append(f"{cfg.label} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr * 10 + cfg.seed / 1000})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     return told
 
 
@@ -256,16 +258,16 @@ def test_another_search_or_budget_is_not_known(tmp_path, ran):
     how = {"at_once": 1, "check": lambda _: None}
     said: list[str] = []
     asked, search = ["arm=fedavg", "seed=0"], plan.search("optimizer.lr=1e-3,3e-3")
-    known = sweep.run(tmp_path / "first", asked, search, say=said.append, **how)
+    known = runner.run(tmp_path / "first", asked, search, say=said.append, **how)
     ran.clear()
     for number, other in enumerate(("optimizer.lr=1e-3,3e-3,9e-3", "clip_norm=1e-3,3e-3")):
-        sweep.run(tmp_path / f"{number}", asked, plan.search(other), known=known, say=said.append, **how)
+        runner.run(tmp_path / f"{number}", asked, plan.search(other), known=known, say=said.append, **how)
         assert sum(line.endswith(" 100") for line in ran) >= 2, f"{other} is another search"
         ran.clear()
-    sweep.run(tmp_path / "data", [*asked, "dataset.train=50"], search, known=known, say=said.append, **how)
+    runner.run(tmp_path / "data", [*asked, "dataset.train=50"], search, known=known, say=said.append, **how)
     assert len(ran) == 3, "the search was on other data"
     ran.clear()
-    sweep.run(tmp_path / "fixed", [*asked, "rounds=3", "optimizer.lr=3e-3"], None, known=known, say=said.append, **how)
+    runner.run(tmp_path / "fixed", [*asked, "rounds=3", "optimizer.lr=3e-3"], None, known=known, say=said.append, **how)
     assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
 
 
@@ -278,31 +280,31 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
     ran: list[str] = []
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         ran.append(f"{cfg.data} {cfg.optimizer.lr:g} {cfg.seed}")
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(1e-3, 3e-3).index(cfg.optimizer.lr)]})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     said: list[str] = []
     how = {"at_once": 1, "check": server_app.plan, "say": said.append}
     search = plan.search("optimizer.lr=1e-3,3e-3", "scenario")
-    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0,1"], search, **how)
+    runner.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0,1"], search, **how)
     assert ran[2:] == ["domain 0.003 0", "domain 0.003 1"]
     both = ["arm=fedavg", "scenario=domain,function", "seed=0"]
-    made = sweep.run(tmp_path, both, search, **how)
+    made = runner.run(tmp_path, both, search, **how)
     assert ran[6:] == ["domain 0.001 0", "function 0.001 0"]
     assert [run.settings["optimizer.lr"] for run in made.runs] == [1e-3, 1e-3]
     told = records.load([tmp_path])
     assert {run.settings["optimizer.lr"] for run in told.runs} == {1e-3} and len(told.runs) == 2
     assert {choice.chosen for choice in told.choices} == {"0.001"}
     ran.clear()
-    sweep.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0"], search, **how)
+    runner.run(tmp_path, ["arm=fedavg", "scenario=domain", "seed=0"], search, **how)
     assert not ran and {run.settings["optimizer.lr"] for run in records.load([tmp_path]).runs} == {1e-3, 3e-3}
-    sweep.run(tmp_path, both, search, **how)
+    runner.run(tmp_path, both, search, **how)
     assert not ran and {run.settings["optimizer.lr"] for run in records.load([tmp_path]).runs} == {1e-3}
     with pytest.raises(settings.ConfigError, match="holds a run with another configuration"):
-        sweep.run(tmp_path, [*both, "rounds=3"], search, **how)
+        runner.run(tmp_path, [*both, "rounds=3"], search, **how)
 
 
 def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
@@ -311,11 +313,11 @@ def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
     assert plan.further({"1": 0.1, "2": 0.5, "4": 0.9}, 5) == ("1", "2", "4", "8")
 
     def check(asked: list[str]) -> None:
-        if (rate := config.compose(asked).optimizer.lr) > 0.01:
+        if (rate := composition.compose(asked).optimizer.lr) > 0.01:
             raise ValueError(f"{rate} is too high")
 
     search = plan.search("optimizer.lr=1e-3,3e-3,9e-3")
-    made = sweep.run(tmp_path, ["arm=fedavg"], search, at_once=1, check=check, say=print)
+    made = runner.run(tmp_path, ["arm=fedavg"], search, at_once=1, check=check, say=print)
     assert [choice.chosen for choice in made.choices] == ["0.009"] and ran[-1] == "FedAvg 0.009 0"
 
 
@@ -323,53 +325,53 @@ def test_what_is_searched_cannot_be_given_too(tmp_path):
     search = plan.search("optimizer.lr=1e-3,3e-3")
     for given in ("optimizer.lr=1e-3,3e-3", "++optimizer.lr=5e-3"):
         with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
-            sweep.run(tmp_path, ["arm=fedavg", given], search, at_once=1, check=lambda _: None, say=print)
+            runner.run(tmp_path, ["arm=fedavg", given], search, at_once=1, check=lambda _: None, say=print)
 
 
 def test_a_sweep_keeps_what_it_was_given_through_its_later_parts(tmp_path, ran):
     how = {"at_once": 1, "check": lambda _: None, "say": print}
-    known = sweep.run(tmp_path / "first", ["arm=fedavg,fedprox"], None, **how)
-    sweep.run(tmp_path / "next", ["arm=fedavg,fedprox"], None, known=known, **how)
-    sweep.run(tmp_path / "next", ["arm=local"], None, **how)
+    known = runner.run(tmp_path / "first", ["arm=fedavg,fedprox"], None, **how)
+    runner.run(tmp_path / "next", ["arm=fedavg,fedprox"], None, known=known, **how)
+    runner.run(tmp_path / "next", ["arm=local"], None, **how)
     assert len(ran) == 3, "two at first, one more"
     told = records.load([tmp_path / "next"]).runs
     assert sorted(run.summary["label"] for run in told) == ["FedAvg", "FedProx", "local"]
 
 
 def test_data_are_called_by_what_chose_them():
-    assert config.compose(["scenario=function"]).data == "function"
-    assert config.compose(["dataset=scenes_sites", "partition=iid"]).data == "scenes_sites, iid"
-    assert config.compose(["partition=iid", "data=mine"]).data == "mine"
+    assert composition.compose(["scenario=function"]).data == "function"
+    assert composition.compose(["dataset=scenes_sites", "partition=iid"]).data == "scenes_sites, iid"
+    assert composition.compose(["partition=iid", "data=mine"]).data == "mine"
 
 
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
     with pytest.raises(settings.ConfigError, match="no compare"):
         plan.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
     with pytest.raises(settings.ConfigError, match="are both called"):
-        sweep.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)
+        runner.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)
 
 
 def test_a_search_ends_before_a_value_whose_run_fails(tmp_path, monkeypatch):
     """Where it went on by itself, as training that diverges has no figure; a value that was asked for must have one."""
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         if cfg.optimizer.lr > 0.01:
             return False
         composed_arm(job.path, list(job.overrides), {"0": 0.5 + cfg.optimizer.lr})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     said: list[str] = []
     how = {"at_once": 1, "check": lambda _: None, "say": said.append}
     asked = ["arm=fedavg", "scenario=domain,function"]
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
         across = "scenario" if folder.name == "b" else None
-        made = sweep.run(folder, asked, plan.search("optimizer.lr=1e-3,3e-3,9e-3", across), **how)
+        made = runner.run(folder, asked, plan.search("optimizer.lr=1e-3,3e-3,9e-3", across), **how)
         assert {choice.chosen for choice in made.choices} == {"0.009"} and len(made.runs) == 2
     assert "a search ends before a value whose run failed" in "".join(said)
     with pytest.raises(FedmmError, match="2 of 6 runs failed"):
-        sweep.run(tmp_path / "c", asked, plan.search("optimizer.lr=1e-3,3e-3,2e-2"), **how)
+        runner.run(tmp_path / "c", asked, plan.search("optimizer.lr=1e-3,3e-3,2e-2"), **how)
 
 
 def test_a_setting_that_others_follow_can_be_searched_again(tmp_path, monkeypatch):
@@ -377,17 +379,17 @@ def test_a_setting_that_others_follow_can_be_searched_again(tmp_path, monkeypatc
     right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(4, 8).index(cfg.edge.rank)]})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     how = {"at_once": 1, "check": lambda _: None, "say": print}
     search = plan.search("edge.rank=4,8", "scenario")
     asked = ["method=lora", "rule=stack"]
-    assert config.compose([*asked, "edge.rank=8"]).rule.rank == 8, "else this shows nothing"
-    sweep.run(tmp_path, [*asked, "scenario=domain"], search, **how)
-    sweep.run(tmp_path, [*asked, "scenario=domain,function"], search, **how)
+    assert composition.compose([*asked, "edge.rank=8"]).rule.rank == 8, "else this shows nothing"
+    runner.run(tmp_path, [*asked, "scenario=domain"], search, **how)
+    runner.run(tmp_path, [*asked, "scenario=domain,function"], search, **how)
     assert {run.settings["edge.rank"] for run in records.load([tmp_path]).runs} == {4}
 
 
@@ -395,9 +397,9 @@ def test_what_was_asked_last_is_what_a_folder_tells(tmp_path, ran):
     """Also where it is known, and the folder has run the same arm with other settings: page and comparison agree."""
     how = {"at_once": 1, "check": lambda _: None, "say": print}
     asked = ["arm=fedavg", "seed=0,1"]
-    known = sweep.run(tmp_path / "known", asked, None, **how)
-    sweep.run(tmp_path / "sweep", [*asked, "rounds=20"], None, **how)
-    sweep.run(tmp_path / "sweep", asked, None, known=known, **how)
+    known = runner.run(tmp_path / "known", asked, None, **how)
+    runner.run(tmp_path / "sweep", [*asked, "rounds=20"], None, **how)
+    runner.run(tmp_path / "sweep", asked, None, known=known, **how)
     assert [run.settings["rounds"] for run in records.load([tmp_path / "sweep"]).runs] == [8, 8]
 
 
@@ -407,7 +409,7 @@ def test_a_search_that_stopped_leaves_no_mixture(tmp_path, monkeypatch):
     finals: list[str] = []
 
     def fake(job: plan.Job) -> bool:
-        cfg = config.compose(job.overrides)
+        cfg = composition.compose(job.overrides)
         if cfg.seed != plan.TUNING_SEED:
             finals.append(job.name)
             if len(finals) == 4:
@@ -415,21 +417,21 @@ def test_a_search_that_stopped_leaves_no_mixture(tmp_path, monkeypatch):
         composed_arm(job.path, list(job.overrides), {"0": right[cfg.data][(1e-3, 3e-3).index(cfg.optimizer.lr)]})
         return True
 
-    monkeypatch.setattr(sweep, "_run_one", fake)
+    monkeypatch.setattr(runner, "_run_one", fake)
     how = {"at_once": 1, "check": lambda _: None, "say": print}
     search = plan.search("optimizer.lr=1e-3,3e-3", "scenario")
-    known = sweep.run(tmp_path / "known", ["arm=fedavg,fedprox", "scenario=domain"], search, **how)
+    known = runner.run(tmp_path / "known", ["arm=fedavg,fedprox", "scenario=domain"], search, **how)
     asked = ["arm=fedavg,fedprox", "scenario=domain,function"]
-    sweep.run(tmp_path / "sweep", [*asked[:1], "scenario=domain"], search, known=known, **how)
+    runner.run(tmp_path / "sweep", [*asked[:1], "scenario=domain"], search, known=known, **how)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(tmp_path / "sweep", asked, search, known=known, **how)
+        runner.run(tmp_path / "sweep", asked, search, known=known, **how)
     assert {run.settings["optimizer.lr"] for run in records.load([tmp_path / "sweep"]).runs} == {1e-3}
 
 
 def test_a_client_that_a_trial_lost_counts_as_wrong(tmp_path):
     (job,) = plan.jobs(tmp_path, ["arm=fedavg"])
     write_arm(job.path, "FedAvg", 0, {"0": 0.9}, unscored=[1, 2])
-    assert sweep.accuracy(job) == pytest.approx(0.3)
+    assert runner.accuracy(job) == pytest.approx(0.3)
 
 
 def test_values_that_differ_in_odd_characters_have_folders_of_their_own(tmp_path):
@@ -440,4 +442,4 @@ def test_values_that_differ_in_odd_characters_have_folders_of_their_own(tmp_path
 @pytest.mark.parametrize("asked", [["seed=0", "seed=1"], ["++seed=0,1"], ["arm=fedavg", "+arm=local"]])
 def test_a_key_is_given_once_and_the_seed_by_its_name(asked):
     with pytest.raises(settings.ConfigError, match=r"given twice|write seed="):
-        config.axes(asked)
+        composition.axes(asked)

@@ -8,7 +8,10 @@ import pytest
 from finished import composed_arm, page, rows_of, write_arm
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, records, results
+from fedmm.config import composition
+from fedmm.results import intervals
+from fedmm.runs import records
+from fedmm.sweep import results
 
 
 def test_the_page_names_the_commands_that_made_its_runs(runs, tmp_path):
@@ -33,10 +36,10 @@ def test_a_page_names_the_days_of_its_runs(runs, tmp_path):
 
 
 def asked_of(*overrides: str) -> dict[str, object]:
-    return records.settings_of(config.compose(overrides))
+    return records.settings_of(composition.compose(overrides))
 
 
-@pytest.mark.parametrize("arm", config.options("arm"))
+@pytest.mark.parametrize("arm", composition.options("arm"))
 def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
     """Whatever its file made of lists, interpolations and small numbers; and not by where it ran."""
     made = composed_arm(tmp_path / "run", [f"arm={arm}", "seed=3", f"run.dir={tmp_path}/run"], {"0": 0.5})
@@ -62,7 +65,7 @@ def test_a_page_is_the_same_from_its_file_of_records(runs, tmp_path):
     assert kept[0] == kept[1]
     twice = records.load([*runs, tmp_path / "a" / "page.jsonl"])
     assert len(twice.runs) == len(runs), "told of twice alike is one"
-    assert page(evidence.rows(twice.runs)) == page(rows_of(runs))
+    assert page(intervals.rows(twice.runs)) == page(rows_of(runs))
 
 
 def test_a_search_is_known_again_beside_runs_of_another_arm(tmp_path):

@@ -16,16 +16,16 @@ from rich.console import Console
 
 from fedmm import tree
 from fedmm.cli import main
+from fedmm.config.composition import load
 from fedmm.evaluate.answers import Answer
+from fedmm.federation import client as client_side
+from fedmm.federation.claims import Claims
+from fedmm.federation.client import MEASURED, MEASURED_IN_TRAINING, Order, Report
 from fedmm.flower import client_app, messages
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.rounds import find_clients
-from fedmm.runs import client as client_side
-from fedmm.runs.claims import Claims
-from fedmm.runs.client import MEASURED, MEASURED_IN_TRAINING, Order, Report
-from fedmm.runs.config import load
+from fedmm.results.progress import watch
 from fedmm.runs.folder import RunFolder, read_rows
-from fedmm.runs.progress import watch
 from fedmm.shown import one_line, visible
 from fedmm.types import FedmmError
 

@@ -17,10 +17,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
+from fedmm.config import composition
 from fedmm.evaluate.answers import Answer
-from fedmm.runs import build, config, evidence, plots, progress, records, report, summary, table
+from fedmm.federation import build
+from fedmm.results import intervals, plots, progress, report, table
+from fedmm.results.progress import watch
+from fedmm.runs import records, summary
 from fedmm.runs.folder import RunFolder
-from fedmm.runs.progress import watch
 
 ROUNDS, CLIENTS = 3, 2
 SMALL = ["rounds=3", "clients=2", "partition=iid", "dataset.train=8", "dataset.validation=4", "dataset.test=16"]
@@ -66,16 +69,16 @@ def write_arm(folder: RunFolder, label: str, rounds: int = ROUNDS) -> RunFolder:
 
 def open_run(path: Path, *overrides: str) -> tuple[RunFolder, RunFolder]:
     asked = [*SMALL, *overrides, "compare=[fedavg]", f"run.dir={path}"]
-    (_, _), (name, arm) = config.arms(config.load(asked), asked)
-    main = RunFolder(path, OmegaConf.to_yaml(config.load(asked)), asked)
+    (_, _), (name, arm) = composition.arms(composition.load(asked), asked)
+    main = RunFolder(path, OmegaConf.to_yaml(composition.load(asked)), asked)
     main.event("run", arms=["FedNano", "FedAvg"], dir=str(path))
-    return main, RunFolder(path / "arms" / name, OmegaConf.to_yaml(config.load(arm)), arm)
+    return main, RunFolder(path / "arms" / name, OmegaConf.to_yaml(composition.load(arm)), arm)
 
 
 def write_run(path: Path, *overrides: str) -> Path:
     """Two arms of three rounds, with answers to every test example before and after."""
     main, other = open_run(path, *overrides)
-    cfg = config.load([*SMALL, *overrides])
+    cfg = composition.load([*SMALL, *overrides])
     examples = build.splits(cfg)["test"]
     for client, part in enumerate(build.partition(cfg, "test")):
         for at, i in enumerate(part):
@@ -145,7 +148,7 @@ def test_a_page_that_fetches_would_be_seen():
 
 def test_the_table_is_the_one_of_the_run(run, html):
     text = Page(html).text
-    arms = evidence.rows(records.load([run]).runs)
+    arms = intervals.rows(records.load([run]).runs)
     rows = table.cells(arms, table.short_columns(arms))
     assert [row[0] for row in rows] == ["zero-shot", "FedAvg", "FedNano"]
     for row in rows:
@@ -161,7 +164,7 @@ def test_the_table_has_groups_where_they_were_asked_for(tmp_path, html):
     """Of answers where every second is wrong in the end, by classes counted as the round loop counts them."""
     path = tmp_path / "run"
     main, _ = open_run(path, "evaluate.groups=thirds")
-    counts = build.class_counts(config.load([*SMALL, "evaluate.groups=thirds"]))
+    counts = build.class_counts(composition.load([*SMALL, "evaluate.groups=thirds"]))
     for arm in (path, path / "arms" / "fedavg"):
         (arm / summary.CLASSES).write_text(json.dumps(counts))
     page = report.write(write_run(path, "evaluate.groups=thirds")).read_text()
@@ -216,7 +219,7 @@ def test_a_run_without_a_finished_arm_has_a_page_too(tmp_path):
 def test_a_run_of_no_rounds_has_a_page_too(tmp_path):
     path = tmp_path / "run"
     asked = [*SMALL, "rounds=0", f"run.dir={path}"]
-    folder = RunFolder(path, OmegaConf.to_yaml(config.load(asked)), asked)
+    folder = RunFolder(path, OmegaConf.to_yaml(composition.load(asked)), asked)
     write_arm(folder, "FedNano", rounds=0)
     summary.write_summary(path)
     assert "18.8%" in report.write(path).read_text(), "3 of 16, before as after"
@@ -314,7 +317,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
     code, out = watched(finished)
     assert code == 0
     assert out.splitlines()[-1] == str(finished / "report.html")
-    rows = evidence.rows(records.load([finished]).runs)
+    rows = intervals.rows(records.load([finished]).runs)
     for cell in table.cells(rows, table.short_columns(rows))[-1]:
         assert cell in out
     assert max(map(len, out[out.rindex("finished: test") :].splitlines()[1:-1])) <= 80
@@ -323,7 +326,7 @@ def test_a_finished_run_ends_with_its_table_and_the_page(finished):
 
 
 def test_a_table_that_is_too_wide_loses_columns_and_no_word_is_broken(finished):
-    rows = evidence.rows(records.load([finished]).runs)
+    rows = intervals.rows(records.load([finished]).runs)
     whole, narrow = (progress._arms_table(finished, width) for width in (200, 45))
     assert [column.header for column in whole.columns] == [column.heading for column in table.short_columns(rows)]
     assert 2 <= len(narrow.columns) < len(whole.columns)

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from fedmm import tree
+from fedmm.adapters.nano import cut
 from fedmm.aggregate.fisher import fisher
 from fedmm.aggregate.gathered import Gathered
 from fedmm.aggregate.mean import mean
 from fedmm.aggregate.norm_clip import norm_clip
-from fedmm.edge.adapters import cut
-from fedmm.runs import config, targets
+from fedmm.config import composition, targets
 from fedmm.runs.folder import RunFolder, latest_checkpoint
 from fedmm.types import Update
 
-RULES = config.options("rule")
+RULES = composition.options("rule")
 
 
 def rule_of(name):
-    return targets.make(config.compose([f"rule={name}"]).rule)
+    return targets.make(composition.compose([f"rule={name}"]).rule)
 
 
 def gathers(name):

@@ -19,19 +19,21 @@ import torch
 from conftest import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
 
 from fedmm import tree
+from fedmm.config.composition import load, quoted
+from fedmm.config.settings import ConfigError
 from fedmm.edge.prepare import collate, prepare
 from fedmm.evaluate.answers import Answer
+from fedmm.federation import client as client_side
 from fedmm.flower import inprocess
 from fedmm.flower import rounds as server_side
 from fedmm.flower.server_app import plan
-from fedmm.llm import wire
-from fedmm.llm.host import Host
+from fedmm.link import wire
+from fedmm.link.host import Host
 from fedmm.model import Model
-from fedmm.runs import client as client_side
-from fedmm.runs import evidence, home, records, summary
-from fedmm.runs.config import load, quoted
+from fedmm.results import intervals
+from fedmm.runs import records, summary
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
-from fedmm.runs.settings import ConfigError
+from fedmm.storage import machine_cache
 from fedmm.types import FedmmError
 
 NANO = ["image.down", "image.up", "text.down", "text.up"]
@@ -138,9 +140,9 @@ def test_a_path_may_hold_any_character(backbone, tmp_path):
 def test_a_client_that_ends_late_leaves_what_it_kept_since():
     """Given up in round 2, it trained on; round 3 of the same client was accepted in the meantime."""
     for round in (1, 2, 3):
-        home.save_kept("a-run", 0, round, {"local.up": torch.full((1,), round)}, needed=round - 1)
-    home.save_kept("a-run", 0, 2, {"local.up": torch.zeros(1)}, needed=1)
-    assert home.load_kept("a-run", 0, 3)["local.up"] == 3
+        machine_cache.save_kept("a-run", 0, round, {"local.up": torch.full((1,), round)}, needed=round - 1)
+    machine_cache.save_kept("a-run", 0, 2, {"local.up": torch.zeros(1)}, needed=1)
+    assert machine_cache.load_kept("a-run", 0, 3)["local.up"] == 3
 
 
 def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_path):
@@ -150,9 +152,11 @@ def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_pat
     ]
     assert sum(row["up_bytes"] + row["down_bytes"] for row in ledger) < 5000, "headers, and no tensor"
     run_id = json.loads((path / "environment.json").read_text())["run"]
-    states = [home.load_kept(run_id, client, 3) for client in range(3)]
+    states = [machine_cache.load_kept(run_id, client, 3) for client in range(3)]
     assert len({tree.digest(state) for state in states}) == 3, "every client has its own"
-    assert home.load_kept(run_id, 0, 1) is None and home.load_kept(run_id, 0, 2) is not None, "two rounds are kept"
+    assert machine_cache.load_kept(run_id, 0, 1) is None and machine_cache.load_kept(run_id, 0, 2) is not None, (
+        "two rounds are kept"
+    )
     losses = [row["loss"]["0"] for row in rounds(path)]
     assert losses[2] < losses[1] < losses[0]
     assert summary.scores(path)[3]["global"] is not None, "each personal model is scored on everybody's test part"
@@ -167,7 +171,7 @@ def test_centralised_is_one_client_with_everything(backbone, tmp_path):
 
 def test_arms_are_compared_in_one_run(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "compare=[local,fedavg,centralised]", "rounds=1")
-    labels = [row.label for row in evidence.rows(records.load([path]).runs)]
+    labels = [row.label for row in intervals.rows(records.load([path]).runs)]
     assert labels[0] == "zero-shot" and set(labels[1:]) == {"FedNano", "local", "FedAvg", "centralised"}
     alone = run(backbone, tmp_path / "alone", "arm=fedavg", "rounds=1")
     assert rounds(path / "arms" / "fedavg") == rounds(alone), "an arm is what it would be alone"
@@ -276,7 +280,7 @@ def run_id(path: Path) -> str:
 def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path, monkeypatch, arm):
     began: dict[tuple[int, int], str] = {}
     ended: dict[tuple[int, int], str] = {}
-    load, save = client_side._load_sets, home.save_kept
+    load, save = client_side._load_sets, machine_cache.save_kept
 
     def loaded(cfg, edge, order, arrived):
         load(cfg, edge, order, arrived)
@@ -287,7 +291,7 @@ def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path
         save(run, client, round, state, needed)
 
     monkeypatch.setattr(client_side, "_load_sets", loaded)
-    monkeypatch.setattr(home, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_kept", saved)
     path = run(backbone, tmp_path / "run", f"arm={arm}", "clients_per_round=2", "rounds=6")
     took = {client: [row["round"] for row in rounds(path) if client in row["clients"]] for client in range(3)}
     pairs = [(client, pair) for client, own in took.items() for pair in itertools.pairwise(own)]
@@ -459,9 +463,9 @@ def test_lora_in_the_encoder_runs_end_to_end(backbone, tmp_path):
 
 
 def test_a_client_that_lost_what_it_kept_is_told(backbone, tmp_path, monkeypatch):
-    load_kept = home.load_kept
+    load_kept = machine_cache.load_kept
     monkeypatch.setattr(
-        home, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round)
+        machine_cache, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round)
     )
     path = run(backbone, tmp_path / "run", "arm=local")
     assert "'s local adapters of round 1 are not under" in rounds(path)[1]["lost"]["1"]
@@ -528,8 +532,8 @@ def test_seeds_make_a_mean_with_an_interval_and_differences_are_paired(backbone,
     assert main(["compare", *map(str, runs)]) == 0
     said = capsys.readouterr().out
     assert "| FedAvg | " in said and "±" in said and "own - FedAvg" in said
-    assert evidence.interval([0.5, 0.7]) == pytest.approx(12.706 * 0.1414214 / 2**0.5, rel=1e-4)
-    assert evidence.interval([0.5]) is None
+    assert intervals.interval([0.5, 0.7]) == pytest.approx(12.706 * 0.1414214 / 2**0.5, rel=1e-4)
+    assert intervals.interval([0.5]) is None
 
 
 def test_a_folder_is_one_process_at_a_time(backbone, tmp_path):
@@ -575,13 +579,13 @@ def test_feddats_local_adapter_moves_in_every_round_and_stays_at_home(
     monkeypatch.setattr(Host, "_take_update", watched)
     monkeypatch.setattr(client_side, "_load_sets", loaded)
     kept: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    save = home.save_kept
+    save = machine_cache.save_kept
 
     def saved(run, who, round, state, needed):
         kept[who, round] = tree.clone(state)
         save(run, who, round, state, needed)
 
-    monkeypatch.setattr(home, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_kept", saved)
     run(backbone, tmp_path / "run", f"arm={arm}", f"edge.rank={rank}", "rounds=3", "schedule=constant")
     for who in range(3):
         assert len({tree.digest(kept[who, round]) for round in (1, 2, 3)}) == 3, "it moves in every round"
@@ -605,7 +609,7 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
     sent: list[tuple[str, frozenset[str]]] = []
     values: list[bytes] = []
     kept: list[bytes] = []
-    encode, save = wire.encode, home.save_kept
+    encode, save = wire.encode, machine_cache.save_kept
 
     def watched(frame):
         sent.append((frame.verb, frozenset(name.split(".")[0] for name in frame.tensors)))
@@ -617,7 +621,7 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
         save(run, who, round, state, needed)
 
     monkeypatch.setattr(wire, "encode", watched)
-    monkeypatch.setattr(home, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_kept", saved)
     named: dict[str, set[str]] = {}
     seen: dict[str, int] = {}
     for local in ("factored", "dense"):
@@ -702,7 +706,7 @@ def test_arms_with_the_llm_here_and_there_stand_in_one_table(backbone, tmp_path)
     path = run(backbone, tmp_path / "run", "arm=fedavg", "compare=[feddat_llm]", "rounds=1")
     alone = run(backbone, tmp_path / "alone", "arm=fedavg", "rounds=1")
     assert rounds(path) == rounds(alone), "what is put into the LLM of one arm is in no other's"
-    assert {row.label for row in evidence.rows(records.load([path]).runs)} == {
+    assert {row.label for row in intervals.rows(records.load([path]).runs)} == {
         "zero-shot",
         "FedAvg",
         "FedDAT in the LLM",

@@ -9,16 +9,16 @@ from collections import Counter
 import pytest
 from omegaconf import OmegaConf
 
+from fedmm.config import composition, settings
+from fedmm.federation.build import partition, splits
 from fedmm.flower import server_app
-from fedmm.runs import config, settings
-from fedmm.runs.build import partition, splits
 
 SPLITS = ("train", "test")
 
 
 def held(overrides: list[str], split: str) -> list[dict[str, int]]:
     """How many examples of each value of its partition's label each client has."""
-    cfg = config.load([*overrides, "dataset.train=420", "dataset.validation=0", "dataset.test=210"])
+    cfg = composition.load([*overrides, "dataset.train=420", "dataset.validation=0", "dataset.test=210"])
     examples, by = splits(cfg)[split], cfg.partition.by
     counts: list[dict[str, int]] = []
     for part in partition(cfg, split):
@@ -29,8 +29,8 @@ def held(overrides: list[str], split: str) -> list[dict[str, int]]:
 
 def test_the_default_scenario_changes_nothing():
     for group, chosen in (("dataset", "scenes"), ("partition", "dirichlet")):
-        own = OmegaConf.load(config.folder() / group / f"{chosen}.yaml")
-        assert config.load()[group] == own == config.load(["scenario=dirichlet"])[group]
+        own = OmegaConf.load(composition.folder() / group / f"{chosen}.yaml")
+        assert composition.load()[group] == own == composition.load(["scenario=dirichlet"])[group]
 
 
 @pytest.mark.parametrize("scenario", ["domain", "scene", "task"])
@@ -48,7 +48,7 @@ def test_seven_functions_at_seven_clients_and_two_clients_with_two_at_five():
 
 
 def test_a_long_tail_at_twenty_equal_clients_and_a_balanced_test():
-    cfg = config.load(["scenario=long_tail", "clients=20", "dataset.imbalance=10"])
+    cfg = composition.load(["scenario=long_tail", "clients=20", "dataset.imbalance=10"])
     made = splits(cfg)
     counts = [Counter(example.answer for example in made[split]) for split in SPLITS]
     assert [counts[0][str(digit)] for digit in range(10)] == [500, 387, 299, 232, 179, 139, 107, 83, 64, 50]
@@ -64,7 +64,7 @@ def test_fewer_clients_than_values_hold_several_and_every_example_is_held():
 
 
 def test_a_group_chosen_by_name_wins_over_the_scenario():
-    cfg = config.load(["scenario=domain", "partition=iid", "dataset.vocabulary=english"])
+    cfg = composition.load(["scenario=domain", "partition=iid", "dataset.vocabulary=english"])
     assert cfg.partition["_target_"].endswith(".iid") and len(cfg.dataset.styles) == 5
     assert cfg.dataset.vocabulary == "english"
 
@@ -111,23 +111,23 @@ def test_more_clients_share_where_that_is_asked_for():
 
 def test_compared_arms_keep_the_scenario():
     overrides = ["scenario=scene", "arm=feddat", "compare=[local,fedavg_plateau]"]
-    for _, asked in config.arms(config.compose(overrides), overrides):
-        assert list(config.load(asked).dataset.layouts) == ["crowded", "one", "overlapping", "tiny", "two"]
+    for _, asked in composition.arms(composition.compose(overrides), overrides):
+        assert list(composition.load(asked).dataset.layouts) == ["crowded", "one", "overlapping", "tiny", "two"]
 
 
 # --- presets --------------------------------------------------------------------------------------------------------
 
-PRESETS = config.options("experiment")
+PRESETS = composition.options("experiment")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_second_line_is_a_command_that_composes_and_what_it_takes(name):
-    line = (config.folder() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
+    line = (composition.folder() / "experiment" / f"{name}.yaml").read_text().splitlines()[1]
     command, cost = re.split(r" {3,}", line.removeprefix("# "))
     assert command.startswith(f"fedmm run experiment={name}") and cost
     overrides = [o for o in shlex.split(command)[2:] if o not in ("dataset=YOURS", "partition=dataset")]
-    for _, asked in config.arms(config.load(overrides), overrides):
-        config.load(asked)
+    for _, asked in composition.arms(composition.load(overrides), overrides):
+        composition.load(asked)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_presets_second_line_is_a_command_that_composes_and_what_it_takes(name
     ],
 )
 def test_a_preset_is_what_the_paper_says(name, values):
-    cfg = config.load([f"experiment={name}"])
+    cfg = composition.load([f"experiment={name}"])
     assert {path: OmegaConf.select(cfg, path) for path in values} == values
     assert (cfg.clients, cfg.epochs) == (5, 1)
     assert cfg.llm["_target_"].endswith("tiny" if name.endswith("embedded") else "llava")
@@ -155,5 +155,5 @@ def test_every_preset_has_a_twin_that_needs_no_network():
 
 
 def test_what_is_asked_for_wins_over_a_preset():
-    cfg = config.load(["experiment=feddat_embedded", "rounds=2", "scenario=scene", "arm=local"])
+    cfg = composition.load(["experiment=feddat_embedded", "rounds=2", "scenario=scene", "arm=local"])
     assert (cfg.rounds, cfg.partition.by, cfg.label) == (2, "layout", "local")

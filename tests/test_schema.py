@@ -10,29 +10,31 @@ import torch
 from conftest import PROMPT, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
-from fedmm.edge import parts
-from fedmm.edge.adapters import cut
+from fedmm.adapters.nano import cut
+from fedmm.adapters.schema import AnySchema, fits, kept, sent
+from fedmm.config import composition, derived, targets
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.edge.schema import AnySchema, fits, kept, sent
-from fedmm.llm.remote import HostRefused
+from fedmm.federation import client as client_side
+from fedmm.federation.export import export
+from fedmm.link.remote import HostRefused
 from fedmm.methods.feddpa import feddpa
 from fedmm.methods.feddpa import schema as feddpa_schema
 from fedmm.methods.lora import lora
 from fedmm.model import Model
-from fedmm.runs import client as client_side
-from fedmm.runs import config, derived, home, summary, targets
-from fedmm.runs.export import export
+from fedmm.runs import summary
+from fedmm.storage import machine_cache
 from fedmm.train import train
 from fedmm.types import State, Step
 
 NAMES = ["image.down", "image.up", "text.down", "text.up", "encoder.q_proj.lora_A", "encoder.q_proj.lora_B"]
 NAMES += ["llm.layers.0.mlp.bottleneck_down", "llm.layers.0.mlp.bottleneck_up"]
 A, B = ({n for n in NAMES if n.endswith(ends)} for ends in (("down", "lora_A"), ("up", "lora_B")))
-SCHEMAS = sorted({*config.options("schema")} - {"creff", "private_head"})  # these two are of a classifier
+SCHEMAS = sorted({*composition.options("schema")} - {"creff", "private_head"})  # these two are of a classifier
 
 
 def schema_of(name: str) -> AnySchema:
-    return targets.make(config.compose([f"schema={name}", *(["arm=feddpa"] if name == "feddpa" else [])]).schema)
+    return targets.make(composition.compose([f"schema={name}", *(["arm=feddpa"] if name == "feddpa" else [])]).schema)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -61,7 +63,7 @@ def test_what_each_sends_and_holds():
 
 
 def test_who_has_a_model_of_its_own():
-    personal = {arm: derived.personal(config.compose([f"arm={arm}"])) for arm in config.options("arm")}
+    personal = {arm: derived.personal(composition.compose([f"arm={arm}"])) for arm in composition.options("arm")}
     assert {arm for arm, own in personal.items() if own} == {
         "local",
         "feddat",
@@ -79,9 +81,9 @@ def test_who_has_a_model_of_its_own():
 @pytest.mark.parametrize("name", ["freeze_a", "alternate", "share_a"])
 def test_training_moves_what_the_schema_says_to_the_bit_and_nothing_else(llava, local_llm, name, rank):
     schema = schema_of(name)
-    inner = parts.Lora(rank, 4, ("q_proj", "linear_1")) if rank else None
+    inner = frozen_modules.Lora(rank, 4, ("q_proj", "linear_1")) if rank else None
     for round in (1, 2):
-        edge, processor = parts.build(parts.take(*llava), rank=4, lora=inner)
+        edge, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, lora=inner)
         edge.reset(seeds.generator(0, "test"))
         with torch.no_grad():
             for parameter in edge.trainable("shared").values():
@@ -171,11 +173,11 @@ def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, delt
     run_id = json.loads((path / "environment.json").read_text())["run"]
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.down", "text.down")}
     for client in range(3):
-        mine = home.load_kept(run_id, client, 3)
+        mine = machine_cache.load_kept(run_id, client, 3)
         assert set(mine) == {"shared.image.up", "shared.text.up"}
         for name, tensor in mine.items():
             assert torch.equal(began[4, client][name.removeprefix("shared.")], tensor), "scored with its own B"
-    assert len({tree.digest(home.load_kept(run_id, client, 3)) for client in range(3)}) == 3
+    assert len({tree.digest(machine_cache.load_kept(run_id, client, 3)) for client in range(3)}) == 3
     assert not torch.equal(began[2, 0]["text.up"], began[2, 1]["text.up"])
     assert torch.equal(began[4, 0]["text.down"], states(path)[-1]["text.down"])
     assert summary.scores(path)[3]["global"] is not None, "each client's own, on everybody's part"
@@ -192,7 +194,7 @@ def test_a_private_head_stays_at_its_client_from_round_to_round(backbone, tmp_pa
     assert all(name.startswith("trunk.") for name in states(path)[-1])
     run_id = json.loads((path / "environment.json").read_text())["run"]
     for client in range(3):
-        mine = home.load_kept(run_id, client, 3)
+        mine = machine_cache.load_kept(run_id, client, 3)
         assert heads == {name for name in mine if name.startswith("shared.")}
         for name in heads:
             assert torch.equal(began[4, client][name.removeprefix("shared.")], mine[name]), "scored with its own head"
@@ -211,7 +213,7 @@ def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_
     run_id = json.loads((path / "environment.json").read_text())["run"]
     shared = states(path)[-1]
     for client in range(3):
-        first, last = (home.load_kept(run_id, client, round) for round in (3, 4))
+        first, last = (machine_cache.load_kept(run_id, client, round) for round in (3, 4))
         assert set(last) == {f"local.{name}" for name in shared}
         steps = [(tensor - before).norm() for name, tensor in last.items() for before in [first[name]]]
         assert all(step > 0 for step in steps), "it goes on from what it kept"
@@ -277,8 +279,8 @@ def test_an_update_may_lack_the_image_adapter_whole_and_nothing_else(llava, edge
 
 def test_a_smaller_client_is_the_servers_cut(llava, local_llm, items):
     """The first rows of A and columns of B, at the server's scale: where the rest of B is zero, the same outputs."""
-    large, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0)
-    small, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0, own_rank=2)
+    large, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
+    small, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, own_rank=2)
     for edge in (large, small):
         edge.reset(seeds.generator(0, "test"))
     assert tree.digest(tree.clone(cut(large.state(), 2))) == tree.digest(small.state())

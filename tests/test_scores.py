@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import PROMPT, some_examples
 
 from fedmm import seeds
-from fedmm.edge import parts
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import content_of
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
@@ -61,7 +61,7 @@ def test_scores_are_those_of_a_written_out_loop(llava, model, processor, batch_s
 def test_no_adapter_acts_on_scores(llava, model, processor, local_llm):
     """The fixture's adapters have left their start, and answers do change with them."""
     examples = some_examples(2)
-    plain = Model(parts.build(parts.take(*llava), rank=2)[0], local_llm)
+    plain = Model(frozen_modules.build(frozen_modules.take(*llava), rank=2)[0], local_llm)
     assert class_scores(model, processor, PROMPT, examples, NAMES).equal(
         class_scores(plain, processor, PROMPT, examples, NAMES)
     )

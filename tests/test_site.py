@@ -15,16 +15,17 @@ from flwr.app import Context, Message, RecordDict
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from fedmm.edge import parts
+from fedmm.config import composition, targets
+from fedmm.config.derived import private_sets
+from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import prepare
+from fedmm.federation import build, reasons
+from fedmm.federation import client as client_side
+from fedmm.federation.client import Order, Report
+from fedmm.federation.site import _below
 from fedmm.flower import client_app, messages
 from fedmm.flower.inprocess import InProcessGrid
-from fedmm.llm import tls
-from fedmm.runs import build, config, reasons, targets
-from fedmm.runs import client as client_side
-from fedmm.runs.client import Order, Report
-from fedmm.runs.derived import private_sets
-from fedmm.runs.site import _below
+from fedmm.link import tls
 from fedmm.types import READ_PATH
 
 SECRET = "sk-0123-secret"
@@ -98,11 +99,11 @@ CHAIN = "{_target_:fedmm.cli.main,argv:[compare,RECORDS,--into,FILE]}"  # each o
         f"+optimizer.params=[{CHAIN}]",
         f"+rule.floor={CHAIN}",
         f"++inner={CHAIN}",
-        "rule._target_=fedmm.runs.home.write",
+        "rule._target_=fedmm.storage.machine_cache.write",
         "rule._target_=fedmm.bench.memory._enter",
         "rule._target_=fedmm.aggregate.fisher.torch",
         "rule._target_=torch.optim.AdamW",  # listed, in another place
-        "+evaluate.groups={_target_:fedmm.runs.home.home}",
+        "+evaluate.groups={_target_:fedmm.storage.machine_cache.home}",
         "dataset=../../../../tmp/evil",
         "+hydra.searchpath=[file:///tmp]",
         "+dataset@rule=scenes",
@@ -251,22 +252,22 @@ def test_an_order_cannot_have_what_a_client_keeps_sent(backbone, tmp_path, monke
     """Found in a review: what one schema keeps, an order with another schema loaded into a set that travels."""
     here = run(backbone, tmp_path / "run", "arm=fedsa_lora", "rounds=1")
     id = json.loads((here / "environment.json").read_text())["run"]
-    cfg = config.compose([*asked(backbone), "rounds=3"])
+    cfg = composition.compose([*asked(backbone), "rounds=3"])
     edge = build.server_edge(cfg, build.whole(cfg))
     asks = Order(overrides=(), run=id, round=2, client=0, address="", token="", kept_round=1)
     with pytest.raises(reasons.Lost, match="local adapters of round 1 are not under"):
-        client_side._kept(config.compose([*asked(backbone), "schema=share_a"]), edge, replace(asks, run="b" * 32))
-    kept = client_side._kept(config.compose([*asked(backbone), "schema=share_a", "rounds=3"]), edge, asks)
+        client_side._kept(composition.compose([*asked(backbone), "schema=share_a"]), edge, replace(asks, run="b" * 32))
+    kept = client_side._kept(composition.compose([*asked(backbone), "schema=share_a", "rounds=3"]), edge, asks)
     assert set(kept) == {"shared.image.up", "shared.text.up"}
-    everything_travels = config.compose([*asked(backbone), "schema=all", "rounds=3"])
+    everything_travels = composition.compose([*asked(backbone), "schema=all", "rounds=3"])
     assert client_side._kept(everything_travels, edge, asks) == {}
-    feddat = config.compose([*asked(backbone), "arm=feddat", "rounds=3"])
+    feddat = composition.compose([*asked(backbone), "arm=feddat", "rounds=3"])
     with pytest.raises(reasons.Lost, match="is kept by another schema"):
         client_side._kept(feddat, build.server_edge(feddat, build.whole(feddat)), asks)
 
 
 def test_the_frozen_copy_of_what_a_client_keeps_is_private_too():
-    cfg = config.compose(["arm=feddat", "schema=share_a"])
+    cfg = composition.compose(["arm=feddat", "schema=share_a"])
     assert private_sets(cfg) == {"local", "shared", "frozen"}
 
 
@@ -316,9 +317,9 @@ def test_a_client_builds_known_classes_and_opens_nothing_that_a_host_names(
     changes = json.loads(json.dumps(changes).replace("SECRETS", str(secrets)))
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-    frozen = saying(parts.take(*llava), file, **changes)
+    frozen = saying(frozen_modules.take(*llava), file, **changes)
     with pytest.raises(ValueError, match=says) if says else nullcontext():
-        processor = parts.build(frozen)[1]
+        processor = frozen_modules.build(frozen)[1]
         processor.pixels([Image.new("RGB", (16, 16))])
         assert type(processor.tokenizer) is PreTrainedTokenizerFast
     assert not any(str(secrets) in path for path in opened)
@@ -326,7 +327,7 @@ def test_a_client_builds_known_classes_and_opens_nothing_that_a_host_names(
 
 def test_the_tokenizer_of_a_client_is_the_servers(llava):
     """It is built from tokenizer.json and the names of special tokens alone."""
-    own, its = llava[1].tokenizer, parts.build(parts.take(*llava))[1].tokenizer
+    own, its = llava[1].tokenizer, frozen_modules.build(frozen_modules.take(*llava))[1].tokenizer
     texts = ["<image> which digit is red ?", "one two", "never seen", ""]
     assert own(texts)["input_ids"] == its(texts)["input_ids"]
     assert own(texts, add_special_tokens=False)["input_ids"] == its(texts, add_special_tokens=False)["input_ids"]
@@ -345,7 +346,7 @@ def test_a_panic_in_a_library_leaves_as_a_reason(backbone, host, monkeypatch):
     def panics(*_):
         raise Panic(SECRET)
 
-    monkeypatch.setattr(parts, "_tokenizer", panics)
+    monkeypatch.setattr(frozen_modules, "_tokenizer", panics)
     reply = sent(order(host, asked(backbone)))
     assert messages.read_lost(reply) == reasons.told("backbone", 1) and SECRET not in everything(reply)
 

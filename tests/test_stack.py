@@ -8,16 +8,16 @@ import torch
 from conftest import PROMPT, gradients, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
+from fedmm.adapters.nano import cut, draw
 from fedmm.aggregate.lowrank import product_error
 from fedmm.aggregate.stack import stack
-from fedmm.edge import parts
-from fedmm.edge.adapters import cut, draw
+from fedmm.edge import frozen_modules
 from fedmm.edge.folding import fold, unfolded
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.llm.remote import RemoteLLM
+from fedmm.federation.export import export
+from fedmm.link.remote import RemoteLLM
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.model import Model
-from fedmm.runs.export import export
 from fedmm.types import Step, Update
 
 RANKS, COUNTS = (1, 4, 2, 3), (1, 3, 2, 7)
@@ -66,10 +66,10 @@ def test_over_rounds_and_ranks_it_is_the_mean_of_the_clients_models():
 
 
 def test_a_client_alone_gets_its_own_model_back_in_every_round(llava, edge, items):
-    state, memory, frozen = {k: v.clone() for k, v in edge.state().items()}, {}, parts.take(*llava)
+    state, memory, frozen = {k: v.clone() for k, v in edge.state().items()}, {}, frozen_modules.take(*llava)
 
     def embeddings(adapters):
-        own, _ = parts.build(frozen, rank=4, alpha=ALPHA)
+        own, _ = frozen_modules.build(frozen, rank=4, alpha=ALPHA)
         own.load(unfolded(adapters))
         own.fold({name: tensor for name, tensor in state.items() if name.endswith(".folded")}, SCALE)
         return own(collate(items))[0].dense()
@@ -114,10 +114,10 @@ def products():
 
 def test_a_folded_base_is_that_of_an_adapter_that_is_no_more(llava, edge, products, items):
     """Rank 16 at width 16 says any product: B = P, A = 1."""
-    full, _ = parts.build(parts.take(*llava), rank=16, alpha=32.0)
+    full, _ = frozen_modules.build(frozen_modules.take(*llava), rank=16, alpha=32.0)
     identity = {f"{kind}.down": torch.eye(16) for kind in ("image", "text")}
     full.load(identity | {f"{kind}.up": products[f"{kind}.folded"] for kind in ("image", "text")})
-    bare, _ = parts.build(parts.take(*llava), rank=4, alpha=8.0)
+    bare, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     bare.reset(seeds.generator(0, "test"))
     bare.fold(products, SCALE)
     batch = collate(items)
@@ -186,7 +186,7 @@ def test_export_folds_it_before_the_adapters(llava_folder, edge, items, products
     fold(tuned, edge.state() | products, SCALE)
     edge.fold(products, SCALE)
     batch = collate(items)
-    bare, _ = parts.build({**parts.take(tuned, _processor(llava_folder))}, rank=4, alpha=8.0)
+    bare, _ = frozen_modules.build({**frozen_modules.take(tuned, _processor(llava_folder))}, rank=4, alpha=8.0)
     bare.reset(seeds.generator(0, "test"))
     wanted, found = Model(edge, local_llm)(batch), Model(bare, LocalLLM(tuned))(batch)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -12,23 +12,23 @@ from conftest import PROMPT, some_examples
 from safetensors.torch import load_file
 
 from fedmm import seeds, tree
-from fedmm.edge import compact, parts
+from fedmm.config import composition, targets
+from fedmm.edge import compact, frozen_modules
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.prepare import collate, encode, prepare
+from fedmm.federation import client as client_side
+from fedmm.federation.export import export
+from fedmm.federation.server_stages import _common, _NotesAt
 from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
-from fedmm.runs import client as client_side
-from fedmm.runs import config, targets
-from fedmm.runs.export import export
 from fedmm.runs.folder import latest_checkpoint, read_rows
-from fedmm.runs.stages import _common, _NotesAt
 from fedmm.stages import align as aligning
 from fedmm.stages import pretrain as learning
 from fedmm.stages.align import align
 from fedmm.stages.pretrain import Look, blend, losses, pretrain, weight
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 
 PLAN = compact.resnet(depths=(1, 1), widths=(8, 16), side=16)
 
@@ -63,7 +63,7 @@ def looks(edge, processor) -> list[Look]:
 
 
 def drawn(llava) -> compact.Compact:
-    built = parts.empty_compact(parts.take(*llava), PLAN)
+    built = frozen_modules.empty_compact(frozen_modules.take(*llava), PLAN)
     compact.reset(built, seeds.generator(0, "test"))
     return built
 
@@ -97,7 +97,7 @@ def test_both_schedules_rise_from_the_teacher_to_the_compact_encoder():
     [("resnet8", 96, 6, 469_824), ("resnet50", 1024, 24, 303_507_456)],  # the embedded tower, CLIP-L/336
 )
 def test_a_compact_encoder_is_at_most_a_quarter_of_its_teacher(name, width, grid, teacher):
-    built = compact.Compact(targets.make(config.compose([f"compact={name}"]).compact), grid, width)
+    built = compact.Compact(targets.make(composition.compose([f"compact={name}"]).compact), grid, width)
     assert sum(parameter.numel() for parameter in built.parameters()) <= teacher / 4
 
 
@@ -133,10 +133,10 @@ def test_clients_build_the_compact_encoder_from_the_frozen_parts(llava, processo
     """It travels as any encoder does: its features are those of the server's, through a cache that never saw it."""
     built = drawn(llava)
     built.fit(torch.randn(3, 4, 12))
-    frozen = parts.take(*llava)
-    small = parts.with_compact(frozen, PLAN, tree.clone(built.state_dict()))
+    frozen = frozen_modules.take(*llava)
+    small = frozen_modules.with_compact(frozen, PLAN, tree.clone(built.state_dict()))
     assert tree.size_bytes(small) < tree.size_bytes(frozen) and tree.digest(small) != tree.digest(frozen)
-    edge, own = parts.build(small, rank=4)
+    edge, own = frozen_modules.build(small, rank=4)
     assert isinstance(edge.encoder, Encoder)
     examples = some_examples(3)
     cached = CachedEncoder(lambda: edge.encoder, Store(memory_bytes=1 << 20), "small")

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from fedmm import store as module
-from fedmm.store import Store
+from fedmm.storage import tensor_store as module
+from fedmm.storage.tensor_store import Store
 
 KIB = 1024
 ROOMY = 1 << 20
@@ -264,7 +264,7 @@ def test_while_a_file_is_written_others_find_the_whole_one_before_it(tmp_path, m
 WORKER = """
 import random, sys, torch
 from pathlib import Path
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 torch.set_num_threads(1)
 store = Store(memory_bytes=0, folder=Path(sys.argv[1]), disk_bytes=40 << 10)
 draw, found = random.Random(int(sys.argv[2])), 0
@@ -352,7 +352,7 @@ def test_a_full_disk_is_a_warning_once_and_no_error(tmp_path, monkeypatch, caplo
         raise error
 
     monkeypatch.setattr(module, "save_file", half)
-    with caplog.at_level(logging.WARNING, "fedmm.store"):
+    with caplog.at_level(logging.WARNING, "fedmm.storage.tensor_store"):
         store.put("0", "a", filled(2))
         store.put("0", "b", filled(3))
     assert store.get("0", "a") is None and store.get("0", "b") is None  # a's older value is not a's value

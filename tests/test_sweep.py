@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 from fedmm.cli import main
-from fedmm.runs import config, evidence, plan, records, table
+from fedmm.config import composition
+from fedmm.results import intervals, table
+from fedmm.runs import records
+from fedmm.sweep import plan
 
 ASKED = [
     "arm=fedavg,local", "rounds=1", "clients=2", "batch_size=8", "edge.rank=4", "partition=iid",
@@ -54,7 +57,7 @@ def wait_for_summaries(path: Path, count: int) -> None:
 
 def shown(path: Path) -> list[tuple[str, ...]]:
     """All but seconds and bytes, which tell of the attempts too."""
-    rows = evidence.rows(records.load([path]).runs)
+    rows = intervals.rows(records.load([path]).runs)
     shown = [column for column in table.columns("FedAvg", rows) if column.heading in TABLE]
     return table.cells(rows, shown)
 
@@ -62,7 +65,7 @@ def shown(path: Path) -> list[tuple[str, ...]]:
 def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):
     asked = ["experiment=mllmfl_embedded", "arm=fedavg,creff"]
     made = plan.jobs(tmp_path, asked)
-    assert [config.load(job.overrides).compare for job in made] == [[], []] and config.load(asked[:1]).compare
+    assert [composition.load(job.overrides).compare for job in made] == [[], []] and composition.load(asked[:1]).compare
     assert plan.jobs(tmp_path, ["arm=fedavg"])[0].overrides[0] == "arm=fedavg" and "compare=[]" not in made[0].name
 
 

@@ -12,12 +12,12 @@ from conftest import PROMPT, gradients, rounds, run, served, some_examples, visi
 from fedmm import tree
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.llm.remote import RemoteLLM
+from fedmm.federation import build
+from fedmm.federation import client as client_side
+from fedmm.link.remote import RemoteLLM
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.model import Model
-from fedmm.runs import build
-from fedmm.runs import client as client_side
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import Example, Step
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fedmm.llm import wire
+from fedmm.link import wire
 
 
 def test_a_frame_survives_the_wire():

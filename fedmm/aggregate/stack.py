@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 
 from fedmm import seeds, tree
+from fedmm.adapters.nano import draw
 from fedmm.aggregate import lowrank, running
 from fedmm.aggregate.gathered import Gathered
-from fedmm.edge.adapters import draw
 from fedmm.types import State
 
 

@@ -20,8 +20,8 @@ from fedmm import seeds
 from fedmm.aggregate.fisher import fisher
 from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.edge.base import KINDS
-from fedmm.ram import peak_rss_bytes, rss_bytes
 from fedmm.runs.folder import RunFolder
+from fedmm.storage.memory import peak_rss_bytes, rss_bytes
 from fedmm.types import State, Update
 
 CLIENTS, WIDTH = {"toy": 50, "real": 1000}, {"toy": 64, "real": 4096}

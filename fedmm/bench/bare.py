@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from fedmm.llm import tls, wire
+from fedmm.link import tls, wire
 
 METHOD = "/fedmm.Bare/Echo"
 

@@ -23,17 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedmm import ram, seeds, tree
+from fedmm import seeds, tree
 from fedmm.bench import served
 from fedmm.bench.common import Case, Size
 from fedmm.bench.served import Shapes
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host
+from fedmm.link.features import Features
+from fedmm.link.host import Host
+from fedmm.link.remote import RemoteLLM, Session
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM, Session
 from fedmm.model import Model
-from fedmm.store import Store
+from fedmm.storage import memory
+from fedmm.storage.tensor_store import Store
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -139,7 +140,7 @@ def _medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            ram.give_back()
+            memory.give_back()
             began = time.perf_counter()
             way()
             if repeat:
@@ -157,8 +158,8 @@ def _sessions(setting: Setting) -> Iterator[Case]:
         held = []
         for count in (1, SESSIONS):
             clients(host, True, count)
-            ram.give_back()  # what is freed is kept by thread
-            held.append(ram.rss_bytes() - store.memory_used_bytes)
+            memory.give_back()  # what is freed is kept by thread
+            held.append(memory.rss_bytes() - store.memory_used_bytes)
     weights = sum(p.nbytes for p in model.parameters())
     features = {"of one sample": batch.features_MPE} if batch.features_MPE is not None else {}
     detail = {"host_bytes": held[0], "model_bytes": weights, "features_bytes_a_client": tree.size_bytes(features)}
@@ -238,7 +239,7 @@ def _serve_clients(setting: Setting, connection: Connection) -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-            ram.give_back()
+            memory.give_back()
             connection.send(next((one.fault for one in own if one.fault), None))
 
 

@@ -19,9 +19,9 @@ from fedmm.bench.bare import chunks_of
 from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.bench.served import SHAPES, Door, Shapes, llava, served
 from fedmm.codecs import Codecs
-from fedmm.llm import wire
+from fedmm.link import wire
+from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import RemoteLLM
 from fedmm.types import Embeds
 
 EMPTY_ROUNDS = {"toy": 20, "real": 400}

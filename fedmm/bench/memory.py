@@ -24,15 +24,16 @@ from torch import Tensor
 
 from fedmm import seeds, tree
 from fedmm.bench.common import Case, Size
+from fedmm.config.composition import load
 from fedmm.edge.base import Connector
+from fedmm.edge.frozen_modules import take_files
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.edge.parts import take_files
 from fedmm.edge.prepare import Prepared, prepare
+from fedmm.federation import build
 from fedmm.methods.lora import lora
 from fedmm.model import LLM, Model
-from fedmm.ram import peak_rss_bytes, rss_bytes
-from fedmm.runs import build, home
-from fedmm.runs.config import load
+from fedmm.storage import machine_cache
+from fedmm.storage.memory import peak_rss_bytes, rss_bytes
 from fedmm.train import train
 from fedmm.types import Embeds, Example, State
 
@@ -100,7 +101,7 @@ def _enter(folder: str) -> None:
 def _first(shapes: Shapes) -> dict[str, float]:
     stages = {"imports_gb": _gb(rss_bytes())}
     came = frozen(shapes)
-    home.save_parts(tree.digest(came), came)
+    machine_cache.save_parts(tree.digest(came), came)
     del came
     stages["peak_until_kept_gb"] = _gb(peak_rss_bytes())
     _ready(shapes, stages)
@@ -132,8 +133,8 @@ def _later(shapes: Shapes) -> list[dict[str, float]]:
 
 def _ready(shapes: Shapes, stages: dict[str, float]) -> tuple[NanoEdge, list[Prepared]]:
     """What a client does before it trains, as in `take_part`."""
-    cfg, digest = load([f"edge.rank={shapes.R}"]), next((home.home() / "edge").iterdir()).stem
-    parts = home.load_parts(digest)
+    cfg, digest = load([f"edge.rank={shapes.R}"]), next((machine_cache.home() / "edge").iterdir()).stem
+    parts = machine_cache.load_parts(digest)
     assert parts is not None
     encoder = build.cached_encoder(cfg, parts, digest)
     assert encoder is not None

@@ -19,16 +19,16 @@ from unittest import mock
 from omegaconf import OmegaConf
 
 from fedmm.bench.common import Case, Size
+from fedmm.config.composition import load
+from fedmm.config.settings import Config
+from fedmm.config.targets import make
 from fedmm.edge.prepare import Prepared, encode, prepare
+from fedmm.federation.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.rounds import find_clients, run_arm
 from fedmm.model import Model
-from fedmm.runs.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
-from fedmm.runs.config import load
 from fedmm.runs.folder import RunFolder
-from fedmm.runs.settings import Config
-from fedmm.runs.targets import make
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.train import train
 
 ASKED = ("evaluate.every=0", "evaluate.everywhere=false", "partition=iid", "dataset.validation=5", "dataset.test=5")

@@ -20,12 +20,12 @@ from fedmm import codecs, seeds
 from fedmm.bench.bare import Bare, serve
 from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.llm import tls
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host
+from fedmm.link import tls
+from fedmm.link.features import Features
+from fedmm.link.host import Host
+from fedmm.link.remote import Session
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import Session
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import Batch
 
 if TYPE_CHECKING:

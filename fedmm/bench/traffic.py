@@ -19,7 +19,7 @@ from fedmm.bench.served import Door, Shapes, batch, edge
 from fedmm.codecs import Codec, Codecs
 from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.llm.remote import RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM, Session
 from fedmm.losses import Mutual
 from fedmm.model import Model
 from fedmm.types import Batch

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedmm import ram
 from fedmm.bench import served
 from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.bench.served import Shapes
-from fedmm.llm import wire
-from fedmm.llm.features import Features
-from fedmm.llm.footprint import Footprint, Shape
-from fedmm.llm.host import Host
+from fedmm.link import wire
+from fedmm.link.features import Features
+from fedmm.link.footprint import Footprint, Shape
+from fedmm.link.host import Host
+from fedmm.link.remote import Session
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.remote import Session
+from fedmm.storage import memory
 from fedmm.types import Embeds
 
 DEADLINE_SECONDS = 600.0
@@ -86,8 +86,8 @@ def _left_behind(setting: Setting, llm: LocalLLM, name: str, options: Mapping[st
             with _session(host, 0) as session:
                 session.call("forward", _step(setting, 1), **_ASKED, step=step)
             if step % max(1, setting.steps // 8) == 0:
-                ram.give_back()
-                held.append(ram.rss_bytes())
+                memory.give_back()
+                held.append(memory.rss_bytes())
     growth = held[-1] / held[len(held) // 4]
     each = (held[-1] - held[len(held) // 4]) / (setting.steps * 0.75)
     detail = {"steps": setting.steps, "bytes_a_step": each, "held_mb": [value / 2**20 for value in held]}
@@ -99,13 +99,13 @@ def _estimates(setting: Setting, llm: LocalLLM) -> Iterator[Case]:
     for B in (setting.rows[1] // 4, setting.rows[1]):
         T, A = setting.shapes.T, setting.shapes.A
         keep_BA, labels_BA = torch.arange(A).expand(B, A), torch.ones(B, A, dtype=torch.int64)
-        ram.give_back()
+        memory.give_back()
         _REFS.write_text("5")
-        before = ram.rss_bytes()
+        before = memory.rss_bytes()
         leaf = torch.zeros(B, T, setting.shapes.D).requires_grad_()
         mask_BT = torch.arange(T).expand(B, T) < T - 1
         torch.autograd.grad(llm.losses([Embeds.whole(leaf)], mask_BT, keep_BA, labels_BA)[0], leaf)
-        peak = ram.peak_rss_bytes() - before
+        peak = memory.peak_rss_bytes() - before
         estimate = footprint.bytes(Shape(B, T, A, grad=True))
         detail = {"estimate_mb": estimate / 2**20, "peak_mb": peak / 2**20}
         yield Case("trust", f"estimate, {B} rows of {T}", estimate / max(1, peak), "of the peak", detail=detail)

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedmm import codecs, ram
-from fedmm.store import Store
+from fedmm import codecs
+from fedmm.storage import memory
+from fedmm.storage.tensor_store import Store
 
 if TYPE_CHECKING:
     from fedmm.edge.prepare import Prepared
@@ -81,7 +82,7 @@ class CachedEncoder:
             self._make(lacking[start : start + step])
         self._encoder = None
         if lacking:
-            ram.give_back()
+            memory.give_back()
 
     @torch.no_grad()
     def _make(self, items: Sequence[Prepared]) -> list[Tensor]:

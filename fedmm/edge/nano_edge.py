@@ -5,7 +5,7 @@
 
 Adapters come in named sets: `shared` travels, `local` stays on the client, `frozen` is a copy of shared made on
 arrival. Every set holds the same names, so that one set's state loads into another. What a set has inside the layers of
-encoder, connector or LLM (`fedmm.edge.inner`) belongs to it too. A client's rank may be below the server's: its
+encoder, connector or LLM (`fedmm.adapters.inner`) belongs to it too. A client's rank may be below the server's: its
 NanoAdapters are then the server's cut to their first rows and columns, and the scale is the server's too.
 """
 
@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedmm.edge import base, inner
-from fedmm.edge.adapters import NanoAdapter
+from fedmm.adapters import inner
+from fedmm.adapters.nano import NanoAdapter
+from fedmm.edge import base
 from fedmm.edge.encoder import Encoder
 from fedmm.edge.folding import base_of, embed_of
 from fedmm.edge.sets import Edge

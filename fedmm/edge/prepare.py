@@ -19,7 +19,7 @@ from fedmm.edge import base
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.sets import Edge
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import IGNORE, Batch, Example
 
 if TYPE_CHECKING:

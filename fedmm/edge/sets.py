@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from fedmm.edge.schema import fits
+from fedmm.adapters.schema import fits
 from fedmm.types import Batch, Embeds, State, TokenTerm
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedmm.federation.client import take_part
+from fedmm.federation.reasons import Lost, Reason, because
+from fedmm.federation.site import Site
 from fedmm.flower import messages
-from fedmm.runs.client import take_part
-from fedmm.runs.reasons import Lost, Reason, because
-from fedmm.runs.site import Site
 
 log = logging.getLogger("fedmm.site")
 app = ClientApp()

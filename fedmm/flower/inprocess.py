@@ -18,9 +18,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # private; a test tells when it moves
 
+from fedmm.federation.reasons import Lost
 from fedmm.flower import client_app, server_app
 from fedmm.flower.client_app import IN_PROCESS
-from fedmm.runs.reasons import Lost
 from fedmm.types import FedmmError
 
 CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION

@@ -11,9 +11,9 @@ from beartype.door import is_bearable
 from flwr.app import Array, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedmm.evaluate.answers import Answer
-from fedmm.llm.tls import Identity
-from fedmm.runs.client import Order, Report
-from fedmm.runs.reasons import Lost, told
+from fedmm.federation.client import Order, Report
+from fedmm.federation.reasons import Lost, told
+from fedmm.link.tls import Identity
 
 _RECORD, _LOST = "fedmm", "lost"
 _SCORES = {"parts": int, "right": int, "count": int}

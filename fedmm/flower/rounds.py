@@ -24,23 +24,24 @@ from google.protobuf.message import DecodeError
 
 from fedmm import seeds, tree
 from fedmm.aggregate import lowrank
-from fedmm.edge import parts as edge_parts
+from fedmm.config.derived import encrypted, per_round, scale, sessions
+from fedmm.config.settings import Config, RunConfig
+from fedmm.config.targets import make
+from fedmm.edge import frozen_modules
+from fedmm.federation.build import Whole, class_counts, for_arm, server_start, state_for, update_of
+from fedmm.federation.claims import Claims
+from fedmm.federation.client import Order, Report
+from fedmm.federation.server_stages import Alignment, pretrained
 from fedmm.flower import messages
-from fedmm.llm.features import Features
-from fedmm.llm.host import Host, Traffic
+from fedmm.link.features import Features
+from fedmm.link.host import Host, Traffic
+from fedmm.link.tls import Authority
 from fedmm.llm.local import LocalLLM
-from fedmm.llm.tls import Authority
-from fedmm.runs import home, summary
-from fedmm.runs.build import Whole, class_counts, for_arm, server_start, state_for, update_of
-from fedmm.runs.claims import Claims
-from fedmm.runs.client import Order, Report
-from fedmm.runs.derived import encrypted, per_round, scale, sessions
+from fedmm.runs import summary
 from fedmm.runs.folder import RunFolder
-from fedmm.runs.settings import Config, RunConfig
-from fedmm.runs.stages import Alignment, pretrained
-from fedmm.runs.targets import make
 from fedmm.shown import one_line
-from fedmm.store import Store
+from fedmm.storage import machine_cache
+from fedmm.storage.tensor_store import Store
 from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm")
@@ -174,12 +175,12 @@ def run_arm(
     align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
     start, current, memory = resumed or (0, first, {})
     if cfg.evaluate.groups:
-        home.write(folder.path / summary.CLASSES, json.dumps(class_counts(cfg)).encode())
+        machine_cache.write(folder.path / summary.CLASSES, json.dumps(class_counts(cfg)).encode())
     folder.event("arm", label=cfg.label, rounds=cfg.rounds, clients=cfg.clients, start=start, card=card)
 
     inbox = _Inbox(folder, Claims(cfg, folder, start + 1))
     llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
-    connector, table_VD = edge_parts.build_base(parts)
+    connector, table_VD = frozen_modules.build_base(parts)
     kept = store if cfg.link.cache == "run" else None
     features = Features(connector.to(llm.device), table_VD.to(llm.device), kept)
     with Host(

@@ -13,13 +13,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import OmegaConf
 
+from fedmm.config import composition, settings
+from fedmm.config.settings import Config
+from fedmm.federation import descriptors
+from fedmm.federation.build import Whole, partition, splits, whole
+from fedmm.federation.server_stages import check_stages
 from fedmm.flower.rounds import find_clients, run_arm
-from fedmm.runs import config, descriptors, report, settings
-from fedmm.runs.build import Whole, partition, splits, whole
+from fedmm.results import report
 from fedmm.runs.folder import RunFolder, alone, check_folder
-from fedmm.runs.settings import Config
-from fedmm.runs.stages import check_stages
-from fedmm.store import Store
+from fedmm.storage.tensor_store import Store
 from fedmm.types import FedmmError
 
 app = ServerApp()
@@ -38,7 +40,7 @@ class Arm:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the overrides of Flower's run config. Raises with the reason, and leaves it in events.jsonl."""
-    run(grid, plan(config.split(str(context.run_config.get("overrides", "")))))
+    run(grid, plan(composition.split(str(context.run_config.get("overrides", "")))))
 
 
 def plan(overrides: list[str]) -> list[Arm]:
@@ -46,12 +48,12 @@ def plan(overrides: list[str]) -> list[Arm]:
 
     Raises ConfigError with every mistake of every arm, that the data cannot be divided as asked among them.
     """
-    cfg = config.compose(overrides)
+    cfg = composition.compose(overrides)
     path = Path(cfg.run.dir or time.strftime("runs/%Y-%m-%d_%H-%M-%S")).absolute()
-    overrides = [*(o for o in overrides if not o.startswith("run.dir=")), config.quoted("run.dir", path)]
+    overrides = [*(o for o in overrides if not o.startswith("run.dir=")), composition.quoted("run.dir", path)]
     arms = [
-        Arm(name, path if name == "main" else path / "arms" / name, asked, config.compose(asked))
-        for name, asked in config.arms(cfg, overrides)
+        Arm(name, path if name == "main" else path / "arms" / name, asked, composition.compose(asked))
+        for name, asked in composition.arms(cfg, overrides)
     ]
     labels = [arm.cfg.label for arm in arms]
     mistakes = dict.fromkeys(mistake for arm in arms for mistake in _mistakes(arm))
@@ -99,7 +101,7 @@ def _feature_store(cfg: Config, path: Path) -> Store:
 
 def _mistakes(arm: Arm) -> Iterator[str]:
     """What is wrong with one arm; every split is divided once, to see that it can be."""
-    found = list(config.check(arm.cfg))
+    found = list(composition.check(arm.cfg))
     yield from found
     if not found:
         yield from descriptors.mistakes(arm.cfg)

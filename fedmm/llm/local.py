@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fedmm.edge.inner import Inner
-from fedmm.edge.parts import stop_tokens
+from fedmm.adapters.inner import Inner
+from fedmm.edge.frozen_modules import stop_tokens
 from fedmm.losses import Mutual, answer_cross_entropy, branch_losses
 from fedmm.types import Embeds, Squares, TokenTerm
 

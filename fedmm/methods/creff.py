@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedmm.adapters.schema import Schema
 from fedmm.edge.classifier import Classifier
 from fedmm.edge.prepare import Prepared, collate
-from fedmm.edge.schema import Schema
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
 from fedmm.types import Batch, State, Step

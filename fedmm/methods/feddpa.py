@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from fedmm.edge.schema import Schema
+from fedmm.adapters.schema import Schema
 from fedmm.model import Model
 from fedmm.types import Batch, Step
 

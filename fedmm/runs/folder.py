@@ -33,9 +33,9 @@ import safetensors
 import safetensors.torch
 from omegaconf import OmegaConf
 
-from fedmm import disk, tree
-from fedmm.runs import home
-from fedmm.runs.config import what
+from fedmm import tree
+from fedmm.config.composition import what
+from fedmm.storage import disk, machine_cache
 from fedmm.types import State, Update
 
 PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
@@ -56,9 +56,9 @@ class RunFolder:
         if (path / "config.yaml").exists():
             self._rewrite("events.jsonl", lambda row: True)
         else:
-            home.write(path / "overrides.txt", asked.encode())
-            home.write(path / "environment.json", json.dumps(_environment(), indent=1).encode())
-            home.write(path / "config.yaml", config_yaml.encode())
+            machine_cache.write(path / "overrides.txt", asked.encode())
+            machine_cache.write(path / "environment.json", json.dumps(_environment(), indent=1).encode())
+            machine_cache.write(path / "config.yaml", config_yaml.encode())
         self.run: str = json.loads((path / "environment.json").read_text())["run"]
 
     # ---- rows ------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class RunFolder:
     def extend(self, file: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Several rows in one write. Raises FedmmError where the disk does not take them; then none is there."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        with self._lock, home.writing(self.path):
+        with self._lock, machine_cache.writing(self.path):
             disk.append(self.path / file, lines.encode())
 
     def event(self, kind: str, /, **what: Any) -> None:
@@ -87,7 +87,7 @@ class RunFolder:
 
     def save_checkpoint(self, round: int, state: State, memory: State) -> None:
         """Make the round last, then forget its journal."""
-        home.save(tree.joined(state=state, memory=memory), self._checkpoint(round), {"round": str(round)})
+        machine_cache.save(tree.joined(state=state, memory=memory), self._checkpoint(round), {"round": str(round)})
         shutil.rmtree(self._journal(round), ignore_errors=True)
         for _, path in _checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
             path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ class RunFolder:
         """Keep these whole rows; a line that a kill cut off goes, or the next row would be glued to it."""
         if (self.path / file).exists():
             rows = [row for row in self.rows(file) if keep(row)]
-            home.write(self.path / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            machine_cache.write(self.path / file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round_{round:04d}.safetensors"
@@ -139,7 +139,7 @@ class RunFolder:
             "fisher": update.fisher is not None,
             "metrics": dict(update.metrics),
         }
-        home.save(tensors, self._update(round, update.client), {"about": json.dumps(about)})
+        machine_cache.save(tensors, self._update(round, update.client), {"about": json.dumps(about)})
 
     def arrived(self, round: int) -> list[int]:
         """The clients whose updates of this round are safe, in client order."""
@@ -158,7 +158,7 @@ class RunFolder:
         clients = list(clients)
         for client, after in itertools.zip_longest(clients, clients[1:]):
             if after is not None:
-                home.read_ahead(self._update(round, after))
+                machine_cache.read_ahead(self._update(round, after))
             about = self.about(round, client)
             delta, fisher = tree.parted(safetensors.torch.load_file(self._update(round, client)), "delta", "fisher")
             yield Update(client, delta, about["num_examples"], fisher if about["fisher"] else None, about["metrics"])
@@ -173,7 +173,7 @@ class RunFolder:
 @contextmanager
 def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder for this process. Where another one holds it, wait for its end or raise ValueError."""
-    with home.writing(path):
+    with machine_cache.writing(path):
         disk.make_folder(path)
         lock = disk.opened(path / ".lock", "w")
     with lock as file:

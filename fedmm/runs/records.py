@@ -25,7 +25,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedmm.runs import config, home, summary
+from fedmm.config import composition
+from fedmm.runs import summary
+from fedmm.storage import machine_cache
 
 _CHOICES, _COMMANDS, _RUNS = "tuned.json", "commands.json", "runs.jsonl"  # in a sweep's folder
 _COMMON, _RUN, _CHOICE, _COMMAND = (
@@ -95,14 +97,14 @@ class Records:
 
 def settings_of(cfg: Any) -> dict[str, Any]:
     """What a run is asked, by path, as json has it; not where and how long, nor what is compared with it."""
-    found = config.what(cfg).items()
+    found = composition.what(cfg).items()
     plain = {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in found}
     return {key: value for key, value in plain.items() if key != "compare"}
 
 
 def settings_around(key: str, combination: Sequence[str]) -> dict[str, Any]:
     """What a combination of a sweep asks beside the setting that is searched and the seed."""
-    return _less(settings_of(config.compose(combination)), key)
+    return _less(settings_of(composition.compose(combination)), key)
 
 
 def of_arm(folder: Path) -> Run:
@@ -139,7 +141,7 @@ def save(file: Path, records: Records) -> None:
         lines.append({"settings": own(run.settings), "summary": run.summary})
     lines += [_row(choice) | {"settings": own(choice.settings)} for choice in records.choices]
     lines += [{"command": command, "when": when} for command, when in records.commands.items()]
-    home.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode(), public=True)
+    machine_cache.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode(), public=True)
 
 
 def only_in(file: Path, told: Records) -> list[str]:
@@ -184,8 +186,8 @@ def note(sweep: Path, told: Records, asked: Iterable[Mapping[str, Any]] = ()) ->
     runs = {run.place: run for run in (*kept, *told.runs)}
     choices = {_search_of(choice): _row(choice) for choice in (*known.choices, *told.choices)}
     save(sweep / _RUNS, Records(list(runs.values())))
-    home.write(sweep / _CHOICES, json.dumps(list(choices.values()), indent=1).encode())
-    home.write(sweep / _COMMANDS, json.dumps({**told.commands, **known.commands}, indent=1).encode())
+    machine_cache.write(sweep / _CHOICES, json.dumps(list(choices.values()), indent=1).encode())
+    machine_cache.write(sweep / _COMMANDS, json.dumps({**told.commands, **known.commands}, indent=1).encode())
 
 
 def now() -> str:

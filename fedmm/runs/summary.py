@@ -18,11 +18,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedmm.config.derived import personal
 from fedmm.evaluate.answers import Answer
 from fedmm.evaluate.groups import group, tally
-from fedmm.runs import home
-from fedmm.runs.derived import personal
 from fedmm.runs.folder import read_rows
+from fedmm.storage import machine_cache
 
 CLASSES = "classes.json"
 """Training examples by class over all clients, in a run's folder where `evaluate.groups` asks for them."""
@@ -106,7 +106,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
         "state": rounds[-1]["state"] if rounds else None,
         "environment": {key: value for key, value in environment.items() if key != "run"},
     }
-    home.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    machine_cache.write(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 

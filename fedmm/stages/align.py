@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedmm import seeds
+from fedmm.adapters.schema import fits
 from fedmm.edge.prepare import Prepared, collate
-from fedmm.edge.schema import fits
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
 from fedmm.types import Batch, State

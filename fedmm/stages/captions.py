@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from fedmm import disk, tree
+from fedmm import tree
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
 from fedmm.stages.kept import fingerprint, mend, reads
+from fedmm.storage import disk
 from fedmm.types import IMAGE_PLACE, Example, ReadPath
 
 NOTED_CHUNKS = 20

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fedmm import disk
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.model import Model
 from fedmm.stages.kept import fingerprint, mend
+from fedmm.storage import disk
 from fedmm.types import IGNORE, Example
 
 log = logging.getLogger("fedmm.stages")

@@ -1,0 +1,1 @@
+"""A run's configuration: composed by Hydra, typed, checked, and what follows from it."""

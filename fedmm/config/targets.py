@@ -1,0 +1,191 @@
+"""Nodes that name a target: which targets are allowed, whether their arguments are complete and typed, and making them.
+
+A target is a function's name, and a run calls it. So a configuration may name only what a file of `conf/` names at the
+same place (`rule`, `method.step`, `dataset.of.*`), and what this machine's FEDMM_ALLOW_TARGETS adds to those places.
+This is checked before anything is imported. A rule such as "inside fedmm" is too wide: fedmm has functions that write
+files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from beartype.door import is_bearable
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from fedmm.config.settings import Config, ConfigError
+from fedmm.types import READ_PATH
+
+
+def folder() -> Path:
+    """Where the yaml files are: beside the package in a checkout and in a Flower bundle, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def make(node: Any, *args: Any, **kwargs: Any) -> Any:
+    """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
+    if node is None:
+        return None
+    for path, inner in _walk("", node):
+        if "_args_" in inner:
+            raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
+        if not _admitted(str(inner["_target_"]), frozenset().union(*_listed().values())):
+            raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
+    try:
+        return instantiate(node, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:  # hydra's wrapping hides what the target said
+        raise (error.__cause__ or error) from None
+
+
+def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
+    """Every node that names a target, with its path."""
+    yield from _walk("", typing.cast(DictConfig, cfg))
+
+
+def unlisted(cfg: DictConfig) -> Iterator[str]:
+    """Every target that may not stand where it does, one line each. Imports nothing."""
+    for place, node in _walk("", cfg, _place):
+        target, listed = str(node["_target_"]), _listed().get(place, frozenset())
+        if not listed:
+            yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
+        elif not _admitted(target, listed):
+            yield (
+                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(listed))} there, and "
+                "FEDMM_ALLOW_TARGETS adds to them"
+            )
+
+
+def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """What these groups read from this machine's disk or from a hub: each setting that names it, its value, and
+    whether a file of `conf/` has the same value at the same place, as for a public dataset."""
+    whole = typing.cast(DictConfig, cfg)
+    for (path, node), (place, _) in zip(_walk("", whole), _walk("", whole, _place), strict=True):
+        if path.split(".")[0] in groups:
+            hints = hints_of(locate(str(node["_target_"])))
+            for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
+                values = node[name].values() if isinstance(node[name], DictConfig) else [node[name]]
+                known = _values().get(f"{place}.{name}", frozenset())
+                yield from ((f"{path}.{name}", str(v), str(v) in known) for v in values if v is not None)
+
+
+@functools.cache
+def _listed() -> dict[str, frozenset[str]]:
+    """The targets that the files of `conf/` name, by place."""
+    return {place[: -len("._target_")]: named for place, named in _values().items() if place.endswith("._target_")}
+
+
+@functools.cache
+def _values() -> dict[str, frozenset[str]]:
+    """What the files of `conf/` set in nodes that name a target, by place; an interpolation is no value."""
+    found: dict[str, frozenset[str]] = {}
+    for path in sorted(folder().glob("*/*.yaml")):
+        text = path.read_text()
+        file = OmegaConf.create(text.replace("${", "$<"))  # a file by itself has nothing that it could refer to
+        prefix = "" if text.startswith("# @package _global_") else path.parent.name
+        for place, node in _walk(prefix, file, _place):
+            for name, value in node.items():
+                found[f"{place}.{name!s}"] = found.get(f"{place}.{name!s}", frozenset()) | {str(value)}
+    return found
+
+
+def _admitted(target: str, listed: frozenset[str]) -> bool:
+    """Whether a target may be named where `conf/` names those `listed`. An entry of FEDMM_ALLOW_TARGETS is a whole
+    name, or everything below a package where it ends in a dot."""
+    own = filter(None, os.environ.get("FEDMM_ALLOW_TARGETS", "").split(","))
+    return target in listed or any(target.startswith(name) if name.endswith(".") else target == name for name in own)
+
+
+def _walk(
+    path: str, node: Any, step: Callable[[str, Any, str], str] = lambda path, node, key: f"{path}.{key}"
+) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, ListConfig) and not node._is_none():
+        for i, inner in enumerate(node):
+            yield from _walk(f"{path}[{i}]", inner, step)
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    if "_target_" in node:
+        yield path, node
+    for key in node:
+        yield from _walk(step(path, node, str(key)).lstrip("."), node[key], step)
+
+
+def _place(path: str, node: DictConfig, key: str) -> str:
+    """Where a value of `node` stands. In a mapping of nodes by name (`dataset.of`) the name is free."""
+    free = path and "_target_" not in node and all(isinstance(v, DictConfig) and "_target_" in v for v in node.values())
+    return f"{path}.{'*' if free else key}"
+
+
+def locate(target: str) -> Callable[..., Any]:
+    """The function or class that a target names. Raises ConfigError where there is none."""
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_={target} does not exist: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"_target_={target} is a {type(found).__name__}, wanted a function")
+    return typing.cast(Callable[..., Any], found)
+
+
+def mistakes(path: str, node: DictConfig) -> Iterator[str]:
+    try:
+        function = locate(str(node["_target_"]))
+    except ConfigError as error:
+        yield f"{path}: {error}"
+        return
+    parameters = inspect.signature(function).parameters
+    known = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    hints = hints_of(function)
+    given = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(given, dict)
+    if "_args_" in given:
+        yield f"{path}._args_: name the arguments of {node['_target_']}"
+    for name, value in given.items():
+        if str(name).startswith("_"):
+            continue
+        if name not in known:
+            yield f"{path}.{name!s} is unknown to {node['_target_']}; available options: {', '.join(known)}"
+        elif name in hints and not _fits(value, hints[name]):
+            yield f"{path}.{name!s} must be {_plain(hints[name])}, got {value!r}"
+    needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
+    if needed:
+        yield f"{path} lacks {', '.join(needed)} for {node['_target_']}"
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments, with `Annotated`; without types that are imported for type checkers only."""
+    plain: Any = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    found: dict[str, Any] = {}
+    for name, hint in getattr(plain, "__annotations__", {}).items():
+        one = types.SimpleNamespace(__annotations__={name: hint})
+        with contextlib.suppress(NameError):  # imported under TYPE_CHECKING
+            found |= typing.get_type_hints(one, getattr(plain, "__globals__", {}), include_extras=True)
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if _is_node(value) or (isinstance(value, dict) and value and all(map(_is_node, value.values()))):
+        return True  # checked as nodes of their own
+    if isinstance(value, int) and not isinstance(value, bool) and is_bearable(float(value), hint):
+        return True
+    return is_bearable(value, hint)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def _plain(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")

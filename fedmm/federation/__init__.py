@@ -1,0 +1,1 @@
+"""A client's part in a round, the server's stages, and what both build from the configuration."""

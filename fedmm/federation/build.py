@@ -1,0 +1,251 @@
+"""What server and clients both make from a configuration: data, backbone, edge, and where its adapters start."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from fedmm import seeds
+from fedmm.adapters import schema as schemas
+from fedmm.adapters.nano import cut
+from fedmm.codecs import Codecs
+from fedmm.config.derived import own_rank
+from fedmm.config.settings import Config
+from fedmm.config.targets import make
+from fedmm.data.views import rank
+from fedmm.edge import frozen_modules
+from fedmm.edge.base import Table
+from fedmm.edge.classifier import Classes, Classifier, NoLLM
+from fedmm.edge.encoder import CachedEncoder
+from fedmm.edge.folding import unfolded
+from fedmm.edge.nano_edge import Lora, NanoEdge
+from fedmm.edge.prepare import Prepared, Processor, prepare
+from fedmm.edge.sets import Edge
+from fedmm.llm.loading import Backbone, twin
+from fedmm.llm.local import LocalLLM
+from fedmm.model import Model
+from fedmm.storage import machine_cache
+from fedmm.storage.tensor_store import Store
+from fedmm.types import Example, State
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A backbone in this process, the frozen parts taken out of it, and its card."""
+
+    backbone: Backbone
+    parts: State
+    card: dict[str, Any]
+
+
+def whole(cfg: Config) -> Whole:
+    """The backbone of `cfg`, loaded once in a process: a server and clients that share one share its memory too."""
+    return _whole(OmegaConf.to_yaml({key: value for key, value in cfg.llm.items() if key != "where"}))
+
+
+def for_arm(cfg: Config, held: Whole, compact: State | None) -> Whole:
+    """What an arm makes of the backbone that all arms share: its card names the classes of a classifier, or the values
+    of a compact encoder stand in the place of its own."""
+    if cfg.head == "classes":
+        return replace(held, card=held.card | {"classes": class_names(cfg)})
+    if compact is None:
+        return held
+    parts = frozen_modules.with_compact(held.parts, make(cfg.compact), compact)
+    return replace(held, parts=parts, card=frozen_modules.describe(held.backbone.model, parts, held.backbone.prompt))
+
+
+def held_parts(cfg: Config, client: int) -> list[int]:
+    """The parts of the data that a client trains on."""
+    return list(range(cfg.clients)) if cfg.pooled else [client]
+
+
+def splits(cfg: Config) -> dict[str, Sequence[Example]]:
+    """The examples this machine can see, by split."""
+    return _splits(OmegaConf.to_yaml(cfg.dataset))
+
+
+def partition(cfg: Config, split: str) -> list[list[int]]:
+    """Which examples of a split belong to which client; every split follows the law of the training split, where there
+    is one.
+
+    Raises ValueError where the split cannot be divided so.
+    """
+    return _partition(OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.clients, cfg.seed, split)
+
+
+def class_counts(cfg: Config) -> dict[str, int]:
+    """How many training examples all clients have of each class, which is what is answered; scored ones have none."""
+    made = splits(cfg)
+    counts = Counter(made["train"][i].answer for part in partition(cfg, "train") for i in part)
+    named = {example.answer for example in made[cfg.evaluate.split]} | counts.keys()
+    return {name: counts[name] for name in sorted(named, key=rank)}
+
+
+def initial_state(cfg: Config, edge: Edge, name: str) -> State:
+    """Where a set starts, the same at every client and at the server: of adapters a random A, and B zero."""
+    edge.reset(seeds.generator(cfg.seed, "adapters"), name)
+    return edge.state(name)
+
+
+def server_start(cfg: Config, held: Whole, compact: State | None = None) -> tuple[State, State]:
+    """What the server starts from: of the shared set, what some round sends; a classifier's trunk is the compact
+    encoder's, pretrained or not. And beside it what nobody trains or sends, such as the A of FFA-LoRA: it stays at the
+    common start with everybody."""
+    if "shared" not in cfg.method.sets:
+        return {}, {}
+    state, schema = initial_state(cfg, server_edge(cfg, held), "shared"), make(cfg.schema)
+    state |= {name: tensor for name, tensor in (compact or {}).items() if name in state}
+    sent = schemas.sent(schema, cfg.rounds, state)
+    stay = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in state])
+    moved = {*sent, *(name.removeprefix("shared.") for name in stay)}
+    return {name: state[name] for name in sent}, {name: state[name] for name in state if name not in moved}
+
+
+def state_for(cfg: Config, client: int, current: State) -> State:
+    """What of the server's state a client gets: at the client's rank."""
+    return cut(current, own_rank(cfg, client))
+
+
+def update_of(cfg: Config, round: int, client: int, current: State) -> State:
+    """What of the server's state a client's update of this round is about."""
+    own = unfolded(state_for(cfg, client, current))
+    return {name: own[name] for name in schemas.sent(make(cfg.schema), cfg.rounds, own, round)}
+
+
+def build_edge(
+    cfg: Config,
+    parts: Mapping[str, Tensor],
+    *,
+    client: int | None = None,
+    encoder: bool = True,
+    table: Table | None = None,
+    decoder: nn.Module | None = None,
+) -> tuple[NanoEdge, Processor]:
+    """The NanoEdge that `cfg` asks for from the frozen parts of the host: the server's own, or a client's.
+
+    Without its encoder it takes features only. Where `inner` asks for adapters inside the LLM they are put into
+    `decoder`, its layers.
+    """
+    place = make(cfg.inner or None)
+    if place:
+        place(decoder, tuple(cfg.method.sets))
+    lora = Lora(cfg.edge.lora.rank, cfg.edge.lora.alpha, tuple(cfg.edge.lora.targets))
+    return frozen_modules.build(
+        parts,
+        encoder=encoder,
+        table=table,
+        sets=tuple(cfg.method.sets),
+        rank=cfg.edge.rank,
+        alpha=cfg.edge.alpha,
+        own_rank=None if client is None else own_rank(cfg, client),
+        lora=lora if lora.rank else None,
+        decoder=decoder if place else None,
+    )
+
+
+def local_model(
+    cfg: Config, held: Whole, *, client: int | None = None, encoder: bool = True
+) -> tuple[Model, Processor]:
+    """The model that `cfg` asks for with its LLM in this process, in modules of its own on the backbone's tensors."""
+    llava = twin(held.backbone.model)
+    edge, processor = build_edge(cfg, held.parts, client=client, encoder=encoder, decoder=llava.model.language_model)
+    llm = LocalLLM(llava, checkpointing=held.backbone.checkpointing, inner=edge.inner)
+    return Model(edge, llm, cfg.link.loss), processor
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model, and how examples are made ready for it and its answers read; `encoder` is what makes their features."""
+
+    model: Model
+    ready: Callable[[Sequence[Example]], list[Prepared]]
+    tokenizer: Any
+    encoder: CachedEncoder | None = None
+
+
+def classifier(cfg: Config, names: Sequence[str]) -> Built:
+    """What `head=classes` asks for: the compact network, whole, with a head over these names."""
+    plan = make(cfg.compact)
+    edge = Classifier(plan, len(names), sets=tuple(cfg.method.sets), retrained=cfg.method.retrained)
+    classes = Classes(tuple(names), plan.side)
+    return Built(Model(edge, NoLLM()), classes.prepare, classes)
+
+
+def class_names(cfg: Config) -> list[str]:
+    """The classes a classifier tells apart, in one order for everybody: numbers as numbers, before words."""
+    return list(cfg.classes) if cfg.classes is not None else answers_of(splits(cfg)["train"])
+
+
+def answers_of(examples: Sequence[Example]) -> list[str]:
+    """The answers there are, numbers as numbers, before words."""
+    return sorted({example.answer for example in examples}, key=rank)
+
+
+def server_model(cfg: Config, held: Whole) -> Built:
+    """The model that an arm's clients train, whole, in this process."""
+    if cfg.head == "classes":
+        return classifier(cfg, held.card["classes"])
+    encoder = cached_encoder(cfg, held.parts, held.card["edge"])
+    model, processor = local_model(cfg, held, encoder=encoder is None)
+    return of_llm(model, processor, held.card["prompt"], encoder)
+
+
+def of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEncoder | None) -> Built:
+    """A model that an LLM answers for, and its prompt."""
+    ready = functools.partial(prepare, processor=processor, prompt=prompt, encoder=encoder)
+    return Built(model, ready, processor.tokenizer, encoder)
+
+
+def server_edge(cfg: Config, held: Whole) -> Edge:
+    """What holds the server's own copy of what clients train, without what it is not needed for."""
+    if cfg.head == "classes":
+        return classifier(cfg, held.card["classes"]).model.edge
+    decoder = twin(held.backbone.model).model.language_model if cfg.inner else None
+    return build_edge(cfg, held.parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0]
+
+
+def cached_encoder(
+    cfg: Config, parts: Mapping[str, Tensor], digest: str, rounds_by: str | None = None
+) -> CachedEncoder | None:
+    """Where batches take features from. None: nothing is kept, they hold pixels, and the edge encodes in every step.
+
+    Features are rounded as the link's are, or by the codec `rounds_by`.
+    """
+    bounds = cfg.edge.cache_memory_mb << 20, cfg.edge.cache_disk_mb << 20
+    if cfg.edge.lora.rank or not any(bounds):
+        return None
+    build = functools.partial(frozen_modules.build_encoder, parts)
+    codec = Codecs(features=rounds_by or cfg.link.codec.features).of("features")
+    return CachedEncoder(build, _store(machine_cache.home() / "features", *bounds), digest[:32], codec)
+
+
+@functools.cache  # clients of one process share it
+def _store(folder: Path, memory_bytes: int, disk_bytes: int) -> Store:
+    knobs = "edge.cache_memory_mb or edge.cache_disk_mb"
+    return Store(memory_bytes=memory_bytes, folder=folder, disk_bytes=disk_bytes, knobs=knobs)
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(llm_yaml: str) -> Whole:
+    backbone = make(OmegaConf.create(llm_yaml))
+    parts = frozen_modules.take(backbone.model, backbone.processor)
+    return Whole(backbone, parts, frozen_modules.describe(backbone.model, parts, backbone.prompt))
+
+
+@functools.lru_cache(maxsize=4)
+def _splits(dataset_yaml: str) -> dict[str, Sequence[Example]]:
+    return make(OmegaConf.create(dataset_yaml))()
+
+
+@functools.lru_cache(maxsize=8)  # of VQAv2 a deal takes seconds
+def _partition(dataset_yaml: str, partition_yaml: str, clients: int, seed: int, split: str) -> list[list[int]]:
+    made, generator = _splits(dataset_yaml), seeds.generator(seed, "partition")
+    deal = make(OmegaConf.create(partition_yaml))
+    return deal(made[split], clients, generator, trained=made.get("train") or None)

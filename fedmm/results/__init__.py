@@ -1,0 +1,1 @@
+"""What is shown of runs: statistics, tables, pictures, the report, live progress."""
