@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedmm import seeds
-from fedmm.edge.prepare import Prepared, Sampling, batches
+from fedmm.edge.prepare import batches
+from fedmm.edge.prepared import Prepared, Sampling
 from fedmm.model import Model
 from fedmm.types import Batch, State, Step
 

@@ -17,7 +17,8 @@ from PIL import Image
 from fedmm import seeds
 from fedmm.edge import frozen_modules
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.edge.prepare import Prepared, Processor, collate, prepare
+from fedmm.edge.prepare import Processor, collate, prepare
+from fedmm.edge.prepared import Prepared
 from fedmm.link.features import Features
 from fedmm.link.host import Host
 from fedmm.link.remote import Session

@@ -28,7 +28,8 @@ from fedmm.config.composition import load
 from fedmm.edge.base import Connector
 from fedmm.edge.frozen_modules import take_files
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.edge.prepare import Prepared, prepare
+from fedmm.edge.prepare import prepare
+from fedmm.edge.prepared import Prepared
 from fedmm.federation import build
 from fedmm.methods.lora import lora
 from fedmm.model import LLM, Model

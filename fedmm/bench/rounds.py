@@ -22,7 +22,8 @@ from fedmm.bench.common import Case, Size
 from fedmm.config.composition import load
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
-from fedmm.edge.prepare import Prepared, encode, prepare
+from fedmm.edge.prepare import encode, prepare
+from fedmm.edge.prepared import Prepared
 from fedmm.federation.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.rounds import find_clients, run_arm

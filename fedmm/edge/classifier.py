@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fedmm.edge import compact
-from fedmm.edge.prepare import Prepared
+from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.losses import Mutual, branch_losses
 from fedmm.types import Batch, Embeds, Example, Squares, State, TokenTerm

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedmm import codecs
+from fedmm.edge.prepared import Prepared
 from fedmm.storage import memory
 from fedmm.storage.tensor_store import Store
-
-if TYPE_CHECKING:
-    from fedmm.edge.prepare import Prepared
 
 CHUNK_BYTES = 64 << 20  # of hidden states; one image of CLIP-L/336 is 59 MB, and a second would lead past 2 GB in all
 CHUNK_IMAGES = 8  # more gains a small tower nothing: the embedded one takes 0.75 ms an image in eights, 0.85 in 32s

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -18,16 +18,13 @@ from fedmm.codecs import Codec
 from fedmm.edge import base
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.nano_edge import NanoEdge
+from fedmm.edge.prepared import Prepared, Sampling
 from fedmm.edge.sets import Edge
 from fedmm.storage.tensor_store import Store
 from fedmm.types import IGNORE, Batch, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Sampling = Callable[[Sequence["Prepared"], torch.Generator], list[int]]
-"""The order of one epoch, by index."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +41,6 @@ class Processor:
 
     def pixels(self, images: Sequence[Image.Image]) -> Float[Tensor, "I C H W"]:
         return self.load_images()(list(images), return_tensors="pt")["pixel_values"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One example as the edge reads it. It holds no image: thousands of them would not fit.
-
-    `content` is a hash of its images. With an `encoder` a batch takes features from there, else it takes `pixels`.
-    """
-
-    id: str
-    prompt: Int[Tensor, " T"]
-    image: Bool[Tensor, " T"]
-    answer: Int[Tensor, " A"]
-    truth: str
-    content: str
-    pixels: Callable[[], Float[Tensor, "I C H W"]]
-    encoder: CachedEncoder | None = None
-
-    @property
-    def sees(self) -> bool:
-        """Whether there is an image in it at all."""
-        return bool(self.image.any())
 
 
 def prepare(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.prepare import collate
+from fedmm.edge.prepared import Prepared
 from fedmm.model import Model
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
 from fedmm.edge.nano_edge import Lora, NanoEdge
-from fedmm.edge.prepare import Prepared, Processor, prepare
+from fedmm.edge.prepare import Processor, prepare
+from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM

@@ -21,7 +21,7 @@ from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import Some
 from fedmm.edge.folding import unfolded
-from fedmm.edge.prepare import Prepared
+from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.evaluate.answers import Answer, answers
 from fedmm.federation.build import (

@@ -31,7 +31,8 @@ from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.edge import compact as compacts
 from fedmm.edge import frozen_modules
-from fedmm.edge.prepare import Prepared, Processor, collate, encode, prepare
+from fedmm.edge.prepare import Processor, collate, encode, prepare
+from fedmm.edge.prepared import Prepared
 from fedmm.evaluate.answers import answers as answers_to
 from fedmm.federation.build import Whole, cached_encoder, initial_state, server_model, splits
 from fedmm.llm.loading import twin

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedmm.adapters.schema import Schema
 from fedmm.edge.classifier import Classifier
-from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.prepare import collate
+from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
 from fedmm.types import Batch, State, Step

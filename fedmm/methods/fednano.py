@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fedmm import tree
-from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.prepare import collate
+from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.methods.lora import lora
 from fedmm.model import Model

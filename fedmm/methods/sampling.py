@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedmm.edge.prepare import Prepared
+from fedmm.edge.prepared import Prepared
 
 
 def class_balanced(items: Sequence[Prepared], generator: torch.Generator) -> list[int]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fedmm import seeds
 from fedmm.adapters.schema import fits
-from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.prepare import collate
+from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy, divergence
 from fedmm.model import Model
 from fedmm.types import Batch, State

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fedmm import seeds
 from fedmm.edge.compact import Compact
-from fedmm.edge.prepare import Prepared, collate
+from fedmm.edge.prepare import collate
+from fedmm.edge.prepared import Prepared
 from fedmm.model import Model
 from fedmm.train import rate_share
 from fedmm.types import State
