@@ -34,6 +34,16 @@ def folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
+_MOVED = {"fedmm.edge.schema.": "fedmm.adapters.schema.", "fedmm.edge.inner.": "fedmm.adapters.inner."}
+
+
+def renamed(text: str) -> str:
+    """A configuration or a record of an older version, with the names that its targets have today."""
+    for before, now in _MOVED.items():
+        text = text.replace(before, now)
+    return text
+
+
 def make(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
     if node is None:

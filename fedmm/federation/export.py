@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedmm.config import derived, targets
 from fedmm.edge import frozen_modules
 from fedmm.edge.folding import fold
 from fedmm.federation.build import Whole, initial_state, local_model
-from fedmm.runs.folder import latest_checkpoint
+from fedmm.runs.folder import latest_checkpoint, read_config
 from fedmm.storage import disk
 
 
@@ -22,7 +20,7 @@ def export(run: Path, into: Path) -> int:
     """
     if into.exists() and any(into.iterdir()):
         raise ValueError(f"{into} has files already; name a folder that is not there yet")
-    cfg: Any = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").exists() else None
+    cfg: Any = read_config(run) if (run / "config.yaml").exists() else None
     found = latest_checkpoint(run)
     if cfg is None or found is None:
         raise ValueError(f"{run} holds no checkpoint; name the folder of a run that has finished a round")

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,7 +24,7 @@ from rich.text import Text
 from fedmm.config.derived import per_round
 from fedmm.results import intervals, table
 from fedmm.runs import records, summary
-from fedmm.runs.folder import read_rows
+from fedmm.runs.folder import read_config, read_rows
 from fedmm.shown import one_line
 
 POLL_SECONDS = 0.25
@@ -170,7 +169,7 @@ class _Watched:
             for arm in self.arms.values():
                 arm.done, arm.losses = set(), {}
         elif kind == "arm":
-            cfg = OmegaConf.load(folder / "config.yaml")
+            cfg = read_config(folder)
             self.arms[folder] = _Arm(event["label"], event["rounds"], per_round(cfg), event["start"])
             self.arms[folder].moved = _moved(folder, event["start"])
         elif folder in self.arms:

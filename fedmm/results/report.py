@@ -21,7 +21,6 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from omegaconf import OmegaConf
 from PIL import Image
 
 from fedmm.config.settings import Config
@@ -30,7 +29,7 @@ from fedmm.federation.build import splits
 from fedmm.results import intervals, plots, table
 from fedmm.results.page import CHANNELS, PAGE
 from fedmm.runs import records, summary
-from fedmm.runs.folder import read_rows
+from fedmm.runs.folder import read_config, read_rows
 from fedmm.shown import visible
 from fedmm.storage import machine_cache
 from fedmm.types import Example
@@ -67,7 +66,7 @@ def render(run: Path, figures: Mapping[str, Callable[[float], plots.Figure]]) ->
         autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"bytes": plots.readable_bytes, "percent": _percent, "count": _count}
-    cfg: Any = OmegaConf.load(run / "config.yaml")
+    cfg: Any = read_config(run)
     folders = summary.arm_folders(run)
     arms = [_arm(folder) for folder in folders]
     rows = intervals.rows(map(records.of_arm, folders))

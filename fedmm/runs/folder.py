@@ -34,6 +34,7 @@ import safetensors.torch
 from omegaconf import OmegaConf
 
 from fedmm import tree
+from fedmm.config import targets
 from fedmm.config.composition import what
 from fedmm.storage import disk, machine_cache
 from fedmm.types import State, Update
@@ -186,9 +187,14 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
+def read_config(path: Path) -> Any:
+    """The configuration of the run in this folder, as of today where an older version wrote it."""
+    return OmegaConf.create(targets.renamed((path / "config.yaml").read_text()))
+
+
 def check_folder(path: Path, config_yaml: str) -> None:
     """Raises ValueError where `path` holds another run than this configuration's."""
-    if (path / "config.yaml").exists() and _what(path.joinpath("config.yaml").read_text()) != _what(config_yaml):
+    if (path / "config.yaml").exists() and what(read_config(path)) != what(OmegaConf.create(config_yaml)):
         raise ValueError(
             f"{path} holds a run with another configuration; set run.dir (of a sweep, its folder) to another, or "
             "remove it"
@@ -238,7 +244,3 @@ def _environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "packages": versions,
     }
-
-
-def _what(config_yaml: str) -> dict[str, Any]:
-    return what(OmegaConf.create(config_yaml))

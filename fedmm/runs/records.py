@@ -25,8 +25,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedmm.config import composition
+from fedmm.config import composition, targets
 from fedmm.runs import summary
+from fedmm.runs.folder import read_config
 from fedmm.storage import machine_cache
 
 _CHOICES, _COMMANDS, _RUNS = "tuned.json", "commands.json", "runs.jsonl"  # in a sweep's folder
@@ -109,7 +110,7 @@ def settings_around(key: str, combination: Sequence[str]) -> dict[str, Any]:
 
 def of_arm(folder: Path) -> Run:
     """A finished arm, from its folder."""
-    asked = settings_of(OmegaConf.load(folder / "config.yaml"))
+    asked = settings_of(read_config(folder))
     return Run(str(folder), asked, json.loads((folder / "summary.json").read_text()))
 
 
@@ -236,7 +237,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, text in enumerate(file.read_text(errors="replace").splitlines(), 1):
         line = f"{file}, line {number},"
         try:
-            row = json.loads(text)
+            row = json.loads(targets.renamed(text))
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):

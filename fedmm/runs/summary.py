@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedmm.config.derived import personal
 from fedmm.evaluate.answers import Answer
 from fedmm.evaluate.groups import group, tally
-from fedmm.runs.folder import read_rows
+from fedmm.runs.folder import read_config, read_rows
 from fedmm.storage import machine_cache
 
 CLASSES = "classes.json"
@@ -30,7 +28,7 @@ CLASSES = "classes.json"
 
 def scores(folder: Path) -> dict[int, dict[str, Any]]:
     """Accuracy by round of the scored state: `global` (None where it was not measured everywhere), `own` by client."""
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = read_config(folder)
     found: dict[int, dict[int, dict[int, tuple[int, int]]]] = defaultdict(lambda: defaultdict(dict))
     for row in read_rows(folder / "scores.jsonl"):
         found[row["round"]][row["client"]][row["part"]] = (row["right"], row["count"])
@@ -62,7 +60,7 @@ def _scorers(cfg: Any) -> list[int]:
 
 def write_summary(folder: Path) -> dict[str, Any]:
     """Work out the figures of a finished arm and write summary.json."""
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = read_config(folder)
     moved: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     llm_samples, client_parameters = 0, 0.0
     for row in read_rows(folder / "ledger.jsonl"):
