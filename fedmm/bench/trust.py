@@ -55,7 +55,7 @@ class Setting:
 SETTINGS: Mapping[Size, Setting] = {
     "toy": Setting(replace(served.SHAPES["toy"], T=32, P=16), 2, 128, steps=24, rows=(1, 16), repeats=3),
     "real": Setting(
-        Shapes(T=128, P=64, D=512, E=64, R=8, V=4000, A=4), 6, 1376, 2000, (1, 64), 10, flat=1.02, ratio=1.2
+        Shapes(T=128, P=64, D=512, E=64, R=8, V=4000, A=4), 6, 1376, 2000, (1, 24), 5, flat=1.02, ratio=1.2
     ),
 }
 

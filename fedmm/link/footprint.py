@@ -1,6 +1,6 @@
 """What a step takes of memory at its peak: known before anything is allocated for it.
 
-    bytes = fixed + rows (a T + b T^2) + embeddings + logits
+    bytes = overhead (fixed + rows (a T + b T^2) + embeddings + logits)
 
 `fixed`, `a` and `b` come from small passes on the LLM that is served, measured once at the host's start: with
 gradients, as a training step runs, and with a cache, as generation runs. Embeddings and logits are counted. The
@@ -25,6 +25,7 @@ EMBEDDINGS = 8  # copies in fp32 of a row's embeddings: connector, parts, terms,
 LOGITS = 6  # of a row's logits: as the head gives them, in fp32, their log-softmax, and the gradients of these
 PAIR = 6  # of a row's logits where one branch learns from another
 DECODED = 32  # positions that one generated token costs at least: a pass reads every weight, however few its rows
+HEAP = 1.6  # what a process takes on a CPU over what its tensors do: glibc's heap has holes (1.4 and 1.6 measured)
 SMALL = 4  # times smaller than each step under way: the engine runs such a step beside them
 SHARE = 0.8  # of the free memory that steps may take; the rest is for frames, features and fragmentation
 LEAST_BYTES = 256 << 20
@@ -93,6 +94,7 @@ class Footprint:
     width: int
     vocabulary: int
     limit_bytes: int
+    overhead: float = 1.0  # of the process over its tensors
 
     @staticmethod
     def measured(llm: LocalLLM, limit_bytes: int) -> Footprint:
@@ -101,7 +103,10 @@ class Footprint:
         _train(llm, lengths[-1])  # the first pass also makes what stays: workspaces, kernels
         training = {T: peak_bytes(llm.device, lambda T=T: _train(llm, T)) for T in lengths}  # type: ignore[misc]
         answering = {T: peak_bytes(llm.device, lambda T=T: _answer(llm, T)) for T in lengths}  # type: ignore[misc]
-        return Footprint(Curve.above(training), Curve.above(answering), llm.width, llm.vocabulary, limit_bytes)
+        overhead = HEAP if llm.device.type == "cpu" else 1.0
+        return Footprint(
+            Curve.above(training), Curve.above(answering), llm.width, llm.vocabulary, limit_bytes, overhead
+        )
 
     def bytes(self, shape: Shape) -> int:
         """The estimate of a step's peak, beside the weights."""
@@ -109,7 +114,7 @@ class Footprint:
         positions = shape.positions + shape.tokens
         embeddings = EMBEDDINGS * shape.rows * shape.positions * self.width
         logits = shape.answers * self.vocabulary * (LOGITS * shape.rows + PAIR * shape.pairs)
-        return round(curve.bytes(shape.rows, positions)) + 4 * (embeddings + logits)
+        return round(self.overhead * (curve.bytes(shape.rows, positions) + 4 * (embeddings + logits)))
 
     def fits(self, shape: Shape, share: float = 1.0) -> bool:
         """Whether a step takes no more than it may, or than this share of it."""
