@@ -147,12 +147,14 @@ class Feedback:
 
     Only for a tensor whose sends are summed entry by entry, as updates of the same weights are. For activations, or
     gradients at positions that mean something else in the next batch, it adds one batch's error to another's.
-    A name keeps one fp32 tensor of its size. A refused send leaves the residual as it was.
+    A name keeps one fp32 tensor of its size, and the `names` used last are kept: a peer chooses names. A refused send
+    leaves the residual as it was.
     Source: EF-SGD, Karimireddy et al. 2019; first in Seide et al. 2014 (1-bit SGD).
     """
 
-    def __init__(self) -> None:
-        self._residuals: State = {}
+    def __init__(self, names: int = 64) -> None:
+        self._residuals: State = {}  # the one used last at the end
+        self._names = names
 
     def pack(self, name: str, tensor: Tensor, codec: Codec) -> dict[str, Tensor]:
         """`pack(tensor + residual)`. With "none" nothing is added or kept; another shape starts from no residual."""
@@ -163,7 +165,10 @@ class Feedback:
         if residual is not None and residual.shape == total.shape:
             total = total + residual
         parts = pack(total, codec)
+        self._residuals.pop(name, None)
         self._residuals[name] = unpack(parts, codec, tuple(total.shape)).neg_().add_(total)
+        if len(self._residuals) > self._names:
+            del self._residuals[next(iter(self._residuals))]
         return parts
 
 

@@ -199,6 +199,7 @@ def run_arm(
         graph_bytes=cfg.link.graphs_mb << 20,
         step_memory_bytes=cfg.link.step_memory_mb << 20 if cfg.link.step_memory_mb else None,
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
+        answer_tokens=cfg.evaluate.max_tokens,
         deadline_seconds=cfg.link.deadline_seconds,
     ) as host:
         arm = _Arm(grid, nodes, cfg, tuple(overrides), inbox, host, align, common)

@@ -45,6 +45,10 @@ LARGE_NICE = 5  # a third of the weight of a thread at 0
 BUCKET = 1.25  # steps share a batch where the longest has at most so many times the positions of the shortest
 
 
+class Busy(FedmmError):
+    """No worker came free in time. The step cost its client nothing, and may be asked for again."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """One branch of a step as it enters the LLM."""
@@ -158,7 +162,7 @@ class Engine:
 
         `pairs` are `Shape.pairs`: rows of branches that learn from each other in `values`.
 
-        Raises FedmmError where no worker came free in time, and whatever the pass itself raised.
+        Raises Busy where no worker came free in time, and whatever the pass itself raised.
         """
         shape = replace(_shape(branches), grad=grad, pairs=pairs)
         found: Passed = self._wait(_Job(client, shape, branches=branches, values=values))
@@ -221,7 +225,11 @@ class Engine:
         except LateError:
             if not job.done.cancel():
                 return job.done.result()  # it runs, or has just ended
-        raise FedmmError(
+        with self._changed:
+            if job in self._queue:
+                self._queue.remove(job)
+            self._ends[job.client] = job.start  # a client has one step at a time, so nothing else stands behind it
+        raise Busy(
             f"the LLM was busy for {self._wait_seconds:g} s; lower the clients that run at once, or raise "
             "link.workers, link.merge_rows or link.deadline_seconds"
         )

@@ -17,9 +17,11 @@ from fedmm.edge.folding import base_of
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Part, State
 
+KEYS_LIMIT = 1 << 14  # asked about at once: rows of a batch; a million took 21 s
+
 
 class FeaturesMissing(ValueError):
-    """Some of a step's features are not here (any more); `rows` are the samples whose."""
+    """The host does not hold some of a step's features; `rows` are the samples that lack them."""
 
     def __init__(self, rows: Sequence[int]) -> None:
         super().__init__(f"the features of {len(rows)} samples are not here; send them again")
@@ -40,7 +42,9 @@ class Features:
         self.connector, self.table = base_of(self._connector, self._table_VD, state, scale)
 
     def missing(self, client: int, keys_BK: Tensor) -> list[int]:
-        """Which of these samples are not here."""
+        """Which of these samples are not here. Raises ValueError for more of them than a step has."""
+        if len(keys_BK) > KEYS_LIMIT:
+            raise ValueError(f"{len(keys_BK)} keys at once, at most {KEYS_LIMIT}; ask for a batch at a time")
         store = self._kept()
         return [b for b, key in enumerate(_hex(keys_BK)) if not store.has(str(client), key)]
 
@@ -52,18 +56,26 @@ class Features:
             self._check(features_IPE)
             self._kept().put(str(client), key, features_IPE)
 
-    def fetch(self, client: int, keys_BK: Tensor) -> Float[Tensor, "M P E"]:
-        """The features of a batch. Raises FeaturesMissing."""
+    def fetch(self, client: int, keys_BK: Tensor, places: int) -> Float[Tensor, "M P E"]:
+        """The features of a batch with so many image positions. Raises FeaturesMissing."""
         store = self._kept()
         found = [store.get(str(client), key) for key in _hex(keys_BK)]
         if rows := [b for b, features_IPE in enumerate(found) if features_IPE is None]:
             raise FeaturesMissing(rows)
-        return self.joined([features_IPE for features_IPE in found if features_IPE is not None])
+        return self.joined([features_IPE for features_IPE in found if features_IPE is not None], places)
 
-    def joined(self, features: Sequence[Float[Tensor, "_ _ _"]]) -> Float[Tensor, "M P E"]:
-        """The features of a batch from those of its samples with images, of which there may be none."""
+    def joined(self, features: Sequence[Float[Tensor, "_ _ _"]], places: int) -> Float[Tensor, "M P E"]:
+        """The features of a batch from those of its samples with images, of which there may be none.
+
+        Raises ValueError where they are not of `places` image positions: one key may stand in every row of a batch, so
+        that a frame of a kilobyte would have gigabytes joined.
+        """
         for features_IPE in features:
             self._check(features_IPE)
+        if (came := sum(len(f) * f.shape[1] for f in features)) != places:
+            raise ValueError(f"the step has {places} image positions and {came} image features")
+        if len({features_IPE.shape[1] for features_IPE in features}) > 1:
+            raise ValueError("all images of a step must have equally many features")
         return torch.cat(list(features)) if features else torch.zeros(0, 1, self._width)
 
     def image_part(self, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Part:

@@ -22,6 +22,7 @@ from fedmm.types import Embeds
 
 POSITIONS = (16, 32, 64)  # of the passes that are measured; no kernel that we know of changes its kind beyond
 EMBEDDINGS = 8  # copies in fp32 of a row's embeddings: connector, parts, terms, their sum and its gradient
+SENT = 3  # copies in fp32 of what the frame holds: as unpacked, its gradient, and that one on its way back
 LOGITS = 6  # of a row's logits: as the head gives them, in fp32, their log-softmax, and the gradients of these
 PAIR = 6  # of a row's logits where one branch learns from another
 DECODED = 32  # positions that one generated token costs at least: a pass reads every weight, however few its rows
@@ -35,7 +36,8 @@ LEAST_BYTES = 256 << 20
 class Shape:
     """The size of a step: rows over all its branches, padded positions of each, and answer positions with logits.
 
-    `pairs` are rows of branches that learn from another branch, once for each other one; `tokens` are to be generated.
+    `pairs` are rows of branches that learn from another branch, once for each other one; `tokens` are to be generated;
+    `sent` are the numbers in the tensors of its frame.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Shape:
     pairs: int = 0
     tokens: int = 0
     grad: bool = False
+    sent: int = 0
 
     @property
     def work(self) -> int:
@@ -58,6 +61,7 @@ class Shape:
             max(self.positions, other.positions),
             max(self.answers, other.answers),
             self.pairs + other.pairs,
+            sent=self.sent + other.sent,
             grad=self.grad or other.grad,
         )
 
@@ -114,7 +118,8 @@ class Footprint:
         positions = shape.positions + shape.tokens
         embeddings = EMBEDDINGS * shape.rows * shape.positions * self.width
         logits = shape.answers * self.vocabulary * (LOGITS * shape.rows + PAIR * shape.pairs)
-        return round(self.overhead * (curve.bytes(shape.rows, positions) + 4 * (embeddings + logits)))
+        numbers = embeddings + logits + SENT * shape.sent
+        return round(self.overhead * (curve.bytes(shape.rows, positions) + 4 * numbers))
 
     def fits(self, shape: Shape, share: float = 1.0) -> bool:
         """Whether a step takes no more than it may, or than this share of it."""

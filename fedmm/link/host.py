@@ -27,17 +27,19 @@ from fedmm import codecs, tree
 from fedmm.adapters.schema import without_images
 from fedmm.codecs import Feedback
 from fedmm.link import door, requests, tls, wire
-from fedmm.link.engine import Begun, Engine, Rows
+from fedmm.link.engine import Begun, Busy, Engine, Rows
 from fedmm.link.features import Features, FeaturesMissing
 from fedmm.link.footprint import Footprint, Shape, default_limit_bytes
 from fedmm.link.requests import Reader
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import answer_cross_entropy, branch_losses
+from fedmm.shown import one_line
 from fedmm.storage import memory
 from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
 METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
+NOTES, NOTE_CHARACTERS = 20, 300  # of one session in the log, and of each
 _SPARE_THREADS = 4  # for streams that are being let in or turned away, where every session is taken
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
@@ -64,6 +66,7 @@ class _Visit:
     peer: str  # the connection, as gRPC names it; the context forgets it
     pending: dict[int, tuple[requests.Read, Begun]] = field(default_factory=dict)
     feedback: Feedback = field(default_factory=Feedback)
+    noted: int = 0  # times that it did something wrong
 
 
 class Host:
@@ -94,6 +97,7 @@ class Host:
         graph_bytes: int = 1 << 30,
         step_memory_bytes: int | None = None,
         frame_limit_bytes: int = 1 << 30,
+        answer_tokens: int = 1024,
         deadline_seconds: float = 60.0,
     ) -> None:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
@@ -103,7 +107,7 @@ class Host:
         self._read = Reader(
             llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes
         )
-        self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
+        self._pending_limit, self._frame_limit_bytes, self._answer_tokens = pending, frame_limit_bytes, answer_tokens
         self._engine = Engine(
             llm,
             workers=workers,
@@ -249,7 +253,7 @@ class Host:
                 yield from reply
                 del frame, answer, reply  # or each session would hold what came last, until it sends again
         except wire.WireError as error:
-            log.warning("client %d sent no valid frame: %s", visit.client, error)
+            self._note(visit, f"sent no valid frame: {error}")
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
         finally:
             self._door.leave(visit.peer)
@@ -315,13 +319,22 @@ class Host:
             return verb(visit, frame, traffic)
         except FeaturesMissing as error:
             return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "missing": error.rows})
+        except Busy as error:
+            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "busy": True})
         except ValueError as error:
-            log.warning("refused %.32s of client %d: %s", frame.verb, visit.client, error)
+            self._note(visit, f"refused {frame.verb[:32]}: {error}")
             return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}"[:4096]})
         except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
-            log.exception("%.32s of client %d failed", frame.verb, visit.client)
+            log.exception("%s of client %d failed", one_line(frame.verb[:32]), visit.client)
             reason = f"{frame.verb} failed at the host: {type(error).__name__}: {error}"
             return wire.Frame("error", {"message": reason[:4096]})
+
+    def _note(self, visit: _Visit, text: str) -> None:
+        """Log what a client did wrong, in one line; of one that does nothing else, the first times of a session."""
+        visit.noted += 1
+        if visit.noted <= NOTES:
+            last = "; no more of this session is logged" if visit.noted == NOTES else ""
+            log.warning("client %d: %s%s", visit.client, one_line(text, NOTE_CHARACTERS), last)
 
     # ---- verbs: once a run, once a round ---------------------------------------------------------------------------
 
@@ -400,10 +413,11 @@ class Host:
         number = requests.integer(frame, "step")
         if number not in visit.pending:
             raise ValueError(f"no forward of step {number} waits for its backward")
-        step, begun = visit.pending.pop(number)
+        step, begun = visit.pending[number]
         tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
         grad_BAV = requests.tensor(tensors, "grad", tuple(begun.logits_BAV.shape), floating=True)
         grad_BTD, seconds = self._engine.finish(begun, grad_BAV.to(begun.logits_BAV))
+        del visit.pending[number]  # only now: a step that found no worker is asked for again
         traffic.llm_seconds += seconds
         grads = _gradients([begun.rows], step.leaves, [grad_BTD])
         return self._written("backward", grads, frame, visit, step.summed())
@@ -449,8 +463,10 @@ class Host:
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         max_tokens = requests.integer(frame, "max_tokens")
-        if not 1 <= max_tokens <= 1024:
-            raise ValueError(f"max_tokens must be from 1 to 1024, got {max_tokens}")
+        if not 1 <= max_tokens <= self._answer_tokens:
+            raise ValueError(
+                f"max_tokens must be from 1 to evaluate.max_tokens={self._answer_tokens}, got {max_tokens}"
+            )
         step = self._read.step(frame, visit.client, tokens=max_tokens)
         if len(step.branches) != 1:
             raise ValueError(f"generate takes one branch, got {len(step.branches)}")

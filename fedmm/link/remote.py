@@ -90,13 +90,29 @@ class Session:
         self._stream: _Stream | None = None
 
     def call(self, verb: str, tensors: Mapping[str, Tensor] | None = None, **meta: Any) -> wire.Frame:
-        """Send one frame, wait for the reply. Raises HostRefused or HostGone."""
+        """Send one frame, wait for the reply. Raises HostRefused or HostGone.
+
+        A host whose LLM is busy is asked again for `turn_seconds`.
+        """
+        until = time.monotonic() + self._turn_seconds
+        while (reply := self._exchange(verb, tensors or {}, meta)).meta.get("busy") and time.monotonic() < until:
+            continue  # it has waited at the host already
+        if reply.verb == "error" and "missing" in reply.meta:
+            raise FeaturesGone(str(reply.meta["message"]), list(reply.meta["missing"]))
+        if reply.verb == "error":
+            raise HostRefused(str(reply.meta["message"]))
+        if reply.verb != verb:
+            raise HostGone(f"the host at {self._address} answered {reply.verb!r} to {verb!r}")
+        return reply
+
+    def _exchange(self, verb: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> wire.Frame:
+        """One frame up, one frame down."""
         if self._broken is not None:
             raise self._broken
         if self._stream is None:
             self._stream = self._open(verb)
         began = time.perf_counter()
-        chunks = wire.encode(wire.Frame(verb, meta, tensors or {}))
+        chunks = wire.encode(wire.Frame(verb, meta, tensors))
         self.sent_bytes[verb] += chunks.size_bytes
         self._stream.send(chunks)
         reply = self._stream.reply(verb, self._deadline_seconds)  # what comes later would be taken for another's answer
@@ -105,12 +121,6 @@ class Session:
             raise reply
         self.received_bytes[verb] += reply.wire_bytes
         self.wait_seconds += time.perf_counter() - began
-        if reply.verb == "error" and "missing" in reply.meta:
-            raise FeaturesGone(str(reply.meta["message"]), list(reply.meta["missing"]))
-        if reply.verb == "error":
-            raise HostRefused(str(reply.meta["message"]))
-        if reply.verb != verb:
-            raise HostGone(f"the host at {self._address} answered {reply.verb!r} to {verb!r}")
         return reply
 
     def close(self) -> None:

@@ -6,8 +6,8 @@ A step comes in one of two encodings. Names of tensors, per branch or term i:
     factored   tokens, image (B T); keys (S 16) or features.s (I P E) or image_part (N D); h.i (N R), up.i (D R)
                s counts the samples with images
 
-What a factored step lacks, connector and token table, the host has; so it forms the same sums of the same numbers in
-the same order as the client would. Everything wrong is a ValueError that says what came and what is wanted.
+The host has the connector and the token table, which a factored step lacks. So it forms the same sums of the same
+numbers in the same order as the client would. Everything wrong is a ValueError that says what came and what is wanted.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from fedmm.losses import Mutual
 from fedmm.types import IGNORE, Embeds, LowRank, Part, Source, TokenTerm
 
 TERMS_LIMIT = 64  # low-rank terms of a step, over all its branches; FedDAT has six
+RANK_LIMIT = 64  # or the LLM's width, beyond which a term is no shorter than what it stands for
 
 
 @dataclass(frozen=True)
 class Read:
-    """A step as it came: branches of embeddings over one mask, and those of their tensors whose gradient is asked."""
+    """A step as it came: branches of embeddings over one mask, and those of their tensors whose gradient is asked for."""
 
     branches: list[Embeds]
     mask_BT: Tensor
@@ -116,17 +117,21 @@ class Reader:
             return Part("image", inputs.take("image_part", (len(image_N), self.width)), image_N)
         seeing = int(image_BT.any(1).sum())  # samples with images
         if "keys" in inputs.tensors:
-            features = self.features.fetch(client, tensor(inputs.tensors, "keys", (seeing, base.KEY_BYTES)))
+            keys = tensor(inputs.tensors, "keys", (seeing, base.KEY_BYTES))
+            features = self.features.fetch(client, keys, len(image_N))
         else:
             own = (f"features.{i}" for i in range(seeing))
-            features = self.features.joined([tensor(inputs.tensors, n, (None, None, None), floating=True) for n in own])
+            sent = [tensor(inputs.tensors, n, (None, None, None), floating=True) for n in own]
+            features = self.features.joined(sent, len(image_N))
         return self.features.image_part(features.to(self.device), image_N)
 
     def _term(self, inputs: _Inputs, parts: Mapping[str, Part], i: int, given: Any) -> LowRank:
         kind, scale, name = given if isinstance(given, list) and len(given) == 3 else ("", 0.0, "")
         if kind not in parts or not number(scale) or not isinstance(name, str) or len(name) > 128:
-            raise ValueError(f"a term is its part, {' or '.join(parts)}, its scale and name, got {str(given)[:100]}")
+            raise ValueError(f"a term is a list of part ({' or '.join(parts)}), scale and name, got {str(given)[:100]}")
         up_DR = inputs.take(f"up.{i}", (self.width, None))
+        if up_DR.shape[1] > max(RANK_LIMIT, self.width):
+            raise ValueError(f"a term of rank {up_DR.shape[1]}, at most {max(RANK_LIMIT, self.width)}; lower edge.rank")
         h_NR = inputs.take(f"h.{i}", (len(parts[kind].positions_N), up_DR.shape[1]))
         return LowRank(parts[kind], h_NR, up_DR, float(scale), name)
 
@@ -196,7 +201,7 @@ class _Inputs:
 def integer(frame: Frame, key: str) -> int:
     value = frame.meta.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be an integer, got {value!r}")
+        raise ValueError(f"{key} must be an integer, got {str(value)[:40]!r}")
     return value
 
 
@@ -262,7 +267,8 @@ def _shape(frame: Frame, B: int, T: int, *, grad: bool, tokens: int) -> Shape:
     branches, keep = _branches(frame), frame.tensors.get("keep")
     answers = keep.shape[1] if keep is not None and keep.dim() == 2 else 1
     pairs = B * branches * (branches - 1) if "weights" in frame.meta else 0
-    return Shape(B * branches, T, answers, pairs, tokens, grad)
+    sent = sum(tensor.numel() for tensor in frame.tensors.values())
+    return Shape(B * branches, T, answers, pairs, tokens, grad, sent)
 
 
 def _names(frame: Frame, key: str) -> set[str]:
