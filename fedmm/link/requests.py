@@ -34,7 +34,7 @@ RANK_LIMIT = 64  # or the LLM's width, beyond which a term is no shorter than wh
 
 @dataclass(frozen=True)
 class Read:
-    """A step as it came: branches of embeddings over one mask, and those of their tensors whose gradient is asked for."""
+    """A step as it came: branches of embeddings over one mask, and the tensors whose gradient is asked for."""
 
     branches: list[Embeds]
     mask_BT: Tensor
