@@ -230,6 +230,30 @@ def test_large_steps_do_not_hold_every_worker_against_a_small_one(llava, local_l
             assert all(torch.isfinite(future.result()).all() for future in large)
 
 
+def test_a_step_that_finds_no_worker_in_time_is_asked_again_and_loses_nothing(llava, local_llm, edge, batch):
+    """Found in a review: two clients' passes of a minute made a victim lose its round. The host waits a second here,
+    the client as long as its turn."""
+    llm = GatedLLM(local_llm)
+    local = Model(edge, local_llm)
+    local(batch).sum().backward()
+    wanted = gradients(edge)
+    options = {"workers": 1, "deadline_seconds": 2.0}
+    with served(llava, edge, llm, **options) as (host, _), visiting(host) as victim, visiting(host, client=1) as other:
+        llm.passes.clear()
+        own = rows(1, B=9)
+        large = {"whole.0": own.embeds_BTD, "mask": own.mask_BT, "keep": own.keep_BA}
+        with ThreadPoolExecutor(2) as pool:
+            logits_BAV = Model(edge, RemoteLLM(victim))(batch)
+            attack = pool.submit(other.call, "forward", large, step=0, branches=1, grads=[])
+            until(lambda: llm.passes[-1:] == [9])
+            backward = pool.submit(logits_BAV.sum().backward)
+            until(lambda: victim.sent_frames["backward"] > 1)
+            llm.go.set()
+            backward.result()
+            attack.result()
+    assert all(torch.equal(wanted[name], gradient) for name, gradient in gradients(edge).items())
+
+
 def test_with_one_worker_one_pass_runs_at_a_time(local_llm, engine_of):
     llm = GatedLLM(local_llm)
     assert served_in(engine_of(llm, workers=1), llm, [(0, 20), (0, 21), (1, 1)]) == [20, 1, 21]

@@ -329,3 +329,13 @@ def test_another_shape_is_refused(shape, codec):
 def test_the_largest_scale_times_any_code_is_finite():
     parts = {"": torch.tensor([-128, 127], dtype=torch.int8), "scale": torch.tensor([2.0**120]).bfloat16()}
     assert codecs.unpack(parts, "int8", (2,)).isfinite().all()
+
+
+def test_error_feedback_keeps_the_names_used_last():
+    """Found in a review: each step gave its term a fresh name, and the host kept a residual for every one."""
+    feedback, tensor = codecs.Feedback(names=2), torch.tensor([127.0, 0.3])
+    fresh = codecs.pack(tensor, "int8")
+    for name in ("a", "b", "c"):
+        feedback.pack(name, tensor, "int8")
+    assert len(feedback._residuals) == 2
+    assert all(torch.equal(part, fresh[key]) for key, part in feedback.pack("a", tensor, "int8").items())

@@ -230,10 +230,19 @@ nan = torch.full((16, 4), float("nan"))
         ({"features__1": None}, "'features.1' is missing"),
         ({"keys": torch.zeros(2, 16, dtype=torch.uint8)}, "'keys' has shape"),
         ({"keys": torch.zeros(3, 16)}, "keys are 16 bytes a sample"),
-        ({"terms": [["sound", 1.0, "a"], ["text", 1.0, "b"]]}, "a term is its part, image or text"),
-        ({"terms": [["image", "big", "a"], ["text", 1.0, "b"]]}, "a term is its part, image or text"),
-        ({"terms": [["image", 1.0], ["text", 1.0]]}, "a term is its part, image or text"),
-        ({"terms": [["image", 1.0, "a" * 129], ["text", 1.0, "b"]]}, "a term is its part, image or text"),
+        (
+            {"terms": [["sound", 1.0, "a"], ["text", 1.0, "b"]]},
+            r"a term is a list of part \(image or text\), scale and name",
+        ),
+        (
+            {"terms": [["image", "big", "a"], ["text", 1.0, "b"]]},
+            r"a term is a list of part \(image or text\), scale and name",
+        ),
+        ({"terms": [["image", 1.0], ["text", 1.0]]}, r"a term is a list of part \(image or text\), scale and name"),
+        (
+            {"terms": [["image", 1.0, "a" * 129], ["text", 1.0, "b"]]},
+            r"a term is a list of part \(image or text\), scale and name",
+        ),
         ({"terms": "all"}, "terms must be a list"),
         ({"terms": [["image", 1.0, "a"]] * 65}, "terms must be a list of at most 64"),
         ({"branches": [1]}, "branches share out 2 terms"),
@@ -245,18 +254,43 @@ nan = torch.full((16, 4), float("nan"))
         ({"weights": [1.0, 1.0], "temperature": 1.0}, "a weight for each of 1 branches"),
         ({"weights": [1.0], "temperature": 0.0}, "a temperature from 0.001"),
         ({"codecs": ["zip"] * 4}, "codecs are four of"),
+        ({"up__0": torch.zeros(16, 65), "h__0": torch.zeros(12, 65)}, "a term of rank 65, at most 64; lower edge.rank"),
+        ({"up__0": torch.zeros(16, 1 << 20), "step_memory_bytes": 16 << 20}, "MB of the host's memory, at most 16"),
         ({"codecs": ["none", "int8", "none", "none"]}, "'h.0': int8 is the parts"),
     ],
 )
 def test_a_factored_step_that_is_wrong_is_refused(llava, edge, local_llm, featured, changes, says):
     changes = dict(changes)
     limit = {"frame_limit_bytes": changes.pop("limit")} if "limit" in changes else {}
+    limit |= {"step_memory_bytes": changes.pop("step_memory_bytes")} if "step_memory_bytes" in changes else {}
     with served(llava, edge, local_llm, **limit) as (host, _), visiting(host) as session:
         tensors, meta = factored(featured, edge, **changes)
         with pytest.raises(HostRefused, match=says):
             session.call("loss", tensors, **meta)
         tensors, meta = factored(featured, edge)
         assert torch.isfinite(session.call("loss", tensors, **meta).tensors["losses"]).all()
+
+
+def test_one_key_in_every_row_has_nothing_joined(llava, edge, local_llm, featured):
+    """Found in a review: a frame of a kilobyte named features of 16 MB in 32 rows, and the host joined them all."""
+    with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
+        connector, passed = host._features.connector, []
+        connector.register_forward_hook(lambda module, args, output: passed.append(args[0].shape))
+        large_IPE = torch.rand(1, 4000, 12)
+        key_K = torch.frombuffer(bytearray(base.key_of(large_IPE)), dtype=torch.uint8)
+        session.call("features", {"keys": key_K[None], "features.0": large_IPE})
+        tensors, meta = factored(featured, edge)
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("features")}
+        with pytest.raises(HostRefused, match="12 image positions and 12000 image features"):
+            session.call("loss", tensors | {"keys": key_K.repeat(3, 1)}, **meta)
+        assert not passed
+
+
+def test_no_more_keys_are_asked_about_than_a_step_has(llava, edge, local_llm):
+    """Found in a review: a million took 21 s and 731 MB."""
+    with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
+        with pytest.raises(HostRefused, match="16385 keys at once, at most 16384"):
+            session.call("known", {"keys": torch.zeros(16385, 16, dtype=torch.uint8)})
 
 
 def test_features_that_are_not_what_their_key_says_are_refused(llava, edge, local_llm, featured):

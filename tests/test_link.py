@@ -348,6 +348,26 @@ def test_an_unknown_verb_names_the_known_ones(link):
         session.call("train")
 
 
+def test_what_a_client_sends_is_logged_in_few_and_short_lines(link, caplog):
+    """Found in a review: 65 MB of log in three seconds, and escapes that a terminal acts on."""
+    host, _ = link
+    with visiting(host) as session:
+        for i in range(40):
+            with pytest.raises(HostRefused):
+                session.call(f"\x1b]0;{i}\n" + "x" * 20, {}, step="y" * 60_000)
+            with pytest.raises(HostRefused, match="step must be an integer"):
+                session.call("backward", {}, step="\x1b[2J" + "y" * 60_000)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 20 and "no more of this session is logged" in lines[-1]
+    assert all(len(line) < 500 and line.isprintable() for line in lines)
+
+
+def test_no_more_tokens_are_generated_than_the_run_asks_for(llava, edge, local_llm, batch):
+    with served(llava, edge, local_llm, answer_tokens=8) as (host, _), visiting(host) as session:
+        with pytest.raises(HostRefused, match="max_tokens must be from 1 to evaluate.max_tokens=8, got 9"):
+            ask(session, step_tensors(batch, edge), "generate", grad=False, max_tokens=9, scales=[])
+
+
 def test_a_host_that_ends_is_named_at_once(llava, edge, local_llm):
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
         session.call("card")

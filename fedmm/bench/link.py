@@ -17,7 +17,7 @@ import torch
 from fedmm.bench import traffic
 from fedmm.bench.bare import chunks_of
 from fedmm.bench.common import Case, Size, in_turn, median_ms
-from fedmm.bench.served import SHAPES, Door, Shapes, llava, served
+from fedmm.bench.served import SHAPES, Endpoint, Shapes, llava, served
 from fedmm.codecs import Codecs
 from fedmm.link import wire
 from fedmm.link.remote import RemoteLLM
@@ -49,37 +49,37 @@ def cases(size: Size) -> Iterator[Case]:
     """Round trips, echoes beside their floor, steps beside local ones, then bytes. Times have bars at real size."""
     shapes = SHAPES[size]
     model = llava(shapes)
-    with served(shapes) as doors:
-        for door in doors.values():
-            yield _empty(door, size)
+    with served(shapes) as endpoints:
+        for endpoint in endpoints.values():
+            yield _empty(endpoint, size)
         for samples, rounds in ((1, 60), (BATCH, 16)):
-            for door in doors.values():
-                yield _echo(door, samples, shapes, size, rounds if size == "real" else 3)
+            for endpoint in endpoints.values():
+                yield _echo(endpoint, samples, shapes, size, rounds if size == "real" else 3)
             yield _codec_alone(samples, shapes, rounds if size == "real" else 3)
         for steps in STEPS[size]:
-            for door in doors.values():
-                yield _overhead(door, LocalLLM(model), steps, shapes, size)
-        yield from traffic.figures(doors["plain"], shapes, model, size)
+            for endpoint in endpoints.values():
+                yield _overhead(endpoint, LocalLLM(model), steps, shapes, size)
+        yield from traffic.figures(endpoints["plain"], shapes, model, size)
 
 
-def _empty(door: Door, size: Size) -> Case:
+def _empty(endpoint: Endpoint, size: Size) -> Case:
     """A frame without tensors there and back."""
-    with door.session() as session, closing(door.bare()) as bare:
+    with endpoint.session() as session, closing(endpoint.bare()) as bare:
         runs = {"link": lambda: session.call("echo"), "floor": lambda: bare.echo([b"0"])}
         seconds = in_turn(runs, EMPTY_ROUNDS[size])
-    bar = EMPTY_BAR_MS.get(door.name) if size == "real" else None
-    return _beside_floor(f"empty round trip, {door.name}", seconds, bar)
+    bar = EMPTY_BAR_MS.get(endpoint.name) if size == "real" else None
+    return _beside_floor(f"empty round trip, {endpoint.name}", seconds, bar)
 
 
-def _echo(door: Door, samples: int, shapes: Shapes, size: Size, rounds: int) -> Case:
+def _echo(endpoint: Endpoint, samples: int, shapes: Shapes, size: Size, rounds: int) -> Case:
     """The embeddings of some samples in fp16 there and back."""
     whole = torch.randn(samples * shapes.T, shapes.D).half()
     chunks = chunks_of(whole.nbytes)
-    with door.session() as session, closing(door.bare()) as bare:
+    with endpoint.session() as session, closing(endpoint.bare()) as bare:
         runs = {"link": lambda: session.call("echo", {"whole": whole}), "floor": lambda: bare.echo(chunks)}
         seconds = in_turn(runs, rounds)
-    bar = ECHO_BARS_MS[door.name, samples] if size == "real" else None
-    return _beside_floor(f"{_mb(whole.nbytes)} each way, {door.name}", seconds, bar)
+    bar = ECHO_BARS_MS[endpoint.name, samples] if size == "real" else None
+    return _beside_floor(f"{_mb(whole.nbytes)} each way, {endpoint.name}", seconds, bar)
 
 
 def _beside_floor(case: str, seconds: dict[str, list[float]], bar: float | None) -> Case:
@@ -98,7 +98,7 @@ def _codec_alone(samples: int, shapes: Shapes, rounds: int) -> Case:
     )
 
 
-def _overhead(door: Door, local: LocalLLM, steps: _Steps, shapes: Shapes, size: Size) -> Case:
+def _overhead(endpoint: Endpoint, local: LocalLLM, steps: _Steps, shapes: Shapes, size: Size) -> Case:
     """How much longer a step takes over the link: loss and gradient by the embeddings of one sample."""
     base_BTD = torch.randn(1, steps.positions, shapes.D).half().float()
     mask_BT = torch.ones(1, steps.positions, dtype=torch.bool)
@@ -109,7 +109,7 @@ def _overhead(door: Door, local: LocalLLM, steps: _Steps, shapes: Shapes, size: 
         embeds = Embeds.whole(base_BTD.clone().requires_grad_())
         llm.losses([embeds], mask_BT, keep_BA, labels_BA)[0].backward()
 
-    with door.session() as session:
+    with endpoint.session() as session:
         remote = RemoteLLM(session, encoding="dense", codecs=Codecs(features="fp16", gradients="fp16"))
         seconds = in_turn({"remote": lambda: step(remote), "local": lambda: step(local)}, steps.rounds)
     longer = [remote - local for remote, local in zip(seconds["remote"], seconds["local"], strict=True)]
@@ -117,7 +117,7 @@ def _overhead(door: Door, local: LocalLLM, steps: _Steps, shapes: Shapes, size: 
     detail = {"local": median_ms(seconds["local"]), "remote": median_ms(seconds["remote"]), "median_of": len(longer)}
     return Case(
         "link",
-        f"remote step over local, dense, {moved} moved, {door.name}",
+        f"remote step over local, dense, {moved} moved, {endpoint.name}",
         1e3 * statistics.median(longer),
         "ms",
         steps.bar_ms if size == "real" else None,

@@ -54,7 +54,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Door:
+class Endpoint:
     """One way into the host's process, plain or mutual TLS: the link itself, and the bare floor beside it."""
 
     name: str
@@ -73,15 +73,15 @@ class Door:
 
 
 @contextmanager
-def served(shapes: Shapes) -> Iterator[dict[str, Door]]:
-    """The doors "plain" and "tls" of a host that runs until the block ends, or until this process does."""
+def served(shapes: Shapes) -> Iterator[dict[str, Endpoint]]:
+    """The endpoints "plain" and "tls" of a host that runs until the block ends, or until this process does."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_serve, args=(shapes, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield {door.name: door for door in ours.recv()}
+        yield {endpoint.name: endpoint for endpoint in ours.recv()}
     finally:
         ours.close()  # which it waits for
         process.join(10)
@@ -156,7 +156,7 @@ def _serve(shapes: Shapes, connection: Connection) -> None:
             connection.recv()
 
 
-def _open(shapes: Shapes, model: LlavaForConditionalGeneration, name: str, stack: ExitStack) -> Door:
+def _open(shapes: Shapes, model: LlavaForConditionalGeneration, name: str, stack: ExitStack) -> Endpoint:
     authority = tls.Authority() if name == "tls" else None
     features = Features(
         connector(shapes).requires_grad_(False), model.get_input_embeddings().weight, Store(memory_bytes=4 << 30)
@@ -170,4 +170,4 @@ def _open(shapes: Shapes, model: LlavaForConditionalGeneration, name: str, stack
     host.open_round(1, {}, [])
     bare, port = serve(authority)
     stack.callback(bare.stop, None)
-    return Door(name, f"127.0.0.1:{host.port}", f"127.0.0.1:{port}", host.token(1, 0), host.identity(0))
+    return Endpoint(name, f"127.0.0.1:{host.port}", f"127.0.0.1:{port}", host.token(1, 0), host.identity(0))

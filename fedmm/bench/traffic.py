@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmm import codecs
 from fedmm.bench.common import Case, Size
-from fedmm.bench.served import Door, Shapes, batch, edge
+from fedmm.bench.served import Endpoint, Shapes, batch, edge
 from fedmm.codecs import Codec, Codecs
 from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
@@ -71,29 +71,29 @@ class Frames:
         return batches * (self.fill + epochs * self.step)
 
 
-def figures(door: Door, shapes: Shapes, model: LlavaForConditionalGeneration, size: Size) -> Iterator[Case]:
+def figures(endpoint: Endpoint, shapes: Shapes, model: LlavaForConditionalGeneration, size: Size) -> Iterator[Case]:
     """Equal gradients, ratios of warm steps, a whole run, FedDAT's step. Ratios and totals have bars at real size."""
     one = edge(shapes, model)
-    yield _equal_gradients(door, shapes, one)
+    yield _equal_gradients(endpoint, shapes, one)
     dense = {
-        (codec, B): frames(door, shapes, one, B, Way(codec, "dense")) for codec in ("none", "fp16") for B in (8, 16)
+        (codec, B): frames(endpoint, shapes, one, B, Way(codec, "dense")) for codec in ("none", "fp16") for B in (8, 16)
     }
     for (codec, B), bar in RATIO_BARS.items():
         against = "none" if codec == "none" else "fp16"
-        found = frames(door, shapes, one, B, Way(codec))
+        found = frames(endpoint, shapes, one, B, Way(codec))
         yield _ratio(f"warm step, {codec} over dense {against}, batch {B}", found, dense[against, B], bar, size)
         if (codec, B) in RUN_BARS_GB:
-            yield from _whole_run(door, shapes, one, codec, found, dense[against, B], size)
+            yield from _whole_run(endpoint, shapes, one, codec, found, dense[against, B], size)
     triple = edge(shapes, model, ("shared", "local", "frozen"))
-    found = frames(door, shapes, triple, 8, FEDDAT)
-    with_logits = frames(door, shapes, triple, 8, replace(FEDDAT, encoding="dense", loss_at="client"))
+    found = frames(endpoint, shapes, triple, 8, FEDDAT)
+    with_logits = frames(endpoint, shapes, triple, 8, replace(FEDDAT, encoding="dense", loss_at="client"))
     yield _ratio("FedDAT's step, losses at the host over dense with logits, batch 8", found, with_logits, 1 / 15, size)
 
 
-def frames(door: Door, shapes: Shapes, one: NanoEdge, B: int, way: Way) -> Frames:
+def frames(endpoint: Endpoint, shapes: Shapes, one: NanoEdge, B: int, way: Way) -> Frames:
     """Two steps on a batch: the second is warm, what the first has more is the filling."""
     given = batch(shapes, range(1000 * B, 1001 * B), way.codec)  # samples of its own: nobody sent them before
-    with door.session() as session:
+    with endpoint.session() as session:
         model = way.model(one, session)
         way.step(model, given)
         first = _moved(session)
@@ -102,10 +102,10 @@ def frames(door: Door, shapes: Shapes, one: NanoEdge, B: int, way: Way) -> Frame
     return Frames(second, first - second)
 
 
-def _equal_gradients(door: Door, shapes: Shapes, one: NanoEdge) -> Case:
+def _equal_gradients(endpoint: Endpoint, shapes: Shapes, one: NanoEdge) -> Case:
     """1 where loss and every gradient of a factored step have the bits of the dense one, in fp32, else 0."""
     given, found = batch(shapes, range(8)), []
-    with door.session() as session:
+    with endpoint.session() as session:
         for way in (Way(), Way(encoding="dense")):
             (loss,) = way.step(way.model(one, session), given)
             found.append([loss, *(parameter.grad for parameter in one.trainable("shared").values())])
@@ -121,7 +121,7 @@ def _ratio(case: str, found: Frames, dense: Frames, bar: float | None, size: Siz
 
 
 def _whole_run(
-    door: Door, shapes: Shapes, one: NanoEdge, codec: Codec, found: Frames, dense: Frames, size: Size
+    endpoint: Endpoint, shapes: Shapes, one: NanoEdge, codec: Codec, found: Frames, dense: Frames, size: Size
 ) -> Iterator[Case]:
     """All bytes of ten epochs by arithmetic, filling included; a hundredth that ran; and what B takes of a step."""
     total, whole = found.total(RUN_BATCHES, RUN_EPOCHS), dense.total(RUN_BATCHES, RUN_EPOCHS)
@@ -129,7 +129,7 @@ def _whole_run(
     steps = RUN_BATCHES * RUN_EPOCHS * RUN_BATCH
     yield Case("link", f"{steps} sample-steps, {codec}", total / 1e9, "GB", bar, detail={"dense": whole / 1e9})
 
-    measured = _run(door, shapes, one, Way(codec), RUN_BATCHES // PARTS)
+    measured = _run(endpoint, shapes, one, Way(codec), RUN_BATCHES // PARTS)
     counted = found.total(RUN_BATCHES // PARTS, RUN_EPOCHS)
     detail = {"measured_bytes": measured, "counted_bytes": counted}
     off = abs(counted / measured - 1)
@@ -141,10 +141,10 @@ def _whole_run(
     yield Case("link", f"what B and its gradient take of a warm step, {codec}", share, "of it")
 
 
-def _run(door: Door, shapes: Shapes, one: NanoEdge, way: Way, batches: int) -> int:
+def _run(endpoint: Endpoint, shapes: Shapes, one: NanoEdge, way: Way, batches: int) -> int:
     """Every byte of all epochs over so many batches."""
     given = [batch(shapes, range(i * RUN_BATCH, (i + 1) * RUN_BATCH), way.codec) for i in range(batches)]
-    with door.session() as session:
+    with endpoint.session() as session:
         model = way.model(one, session)
         for _ in range(RUN_EPOCHS):
             for each in given:

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +82,7 @@ class Session:
         self.client, self.round = client, round
         self.sent_bytes: dict[str, int] = defaultdict(int)
         self.received_bytes: dict[str, int] = defaultdict(int)
+        self.sent_frames: Counter[str] = Counter()
         self.wait_seconds = 0.0
         self._address, self._identity, self._credentials = address, identity, wire.credentials(client, round, token)
         self._broken: Exception | None = None  # a session that failed once stays failed
@@ -114,6 +115,7 @@ class Session:
         began = time.perf_counter()
         chunks = wire.encode(wire.Frame(verb, meta, tensors))
         self.sent_bytes[verb] += chunks.size_bytes
+        self.sent_frames[verb] += 1
         self._stream.send(chunks)
         reply = self._stream.reply(verb, self._deadline_seconds)  # what comes later would be taken for another's answer
         if isinstance(reply, Exception):
