@@ -145,7 +145,7 @@ def test_the_options_named_are_those_of_what_was_chosen():
         (["rule._target_=fedmm.tree"], "is not allowed"),
         (
             ["+optimizer.params=[{_target_:os.makedirs,name:/tmp/no}]"],
-            r"optimizer.params\[0\] may name no _target_, got os.makedirs",
+            r"optimizer.params\[0\] takes no _target_, got os.makedirs",
         ),
         (["+rule._args_=[1]"], "name the arguments"),
     ],

@@ -285,7 +285,7 @@ import resource, sys
 soft, hard, *overrides = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), int(hard)))
 from fedmm.flower.server_app import plan
-from fedmm.runs import descriptors
+from fedmm.federation import descriptors
 for arm in plan(overrides):
     descriptors.claim(arm.cfg)
 print(*resource.getrlimit(resource.RLIMIT_NOFILE), descriptors.wanted(arm.cfg))
