@@ -73,7 +73,9 @@ def test_the_bundle_holds_what_a_run_needs_and_fits(tmp_path):
     assert bundle.stat().st_size < 10e6
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(tmp_path / "app")
-    code = "from fedmm.config import composition, targets; targets.make(composition.load().llm); print(targets.__file__)"
+    code = (
+        "from fedmm.config import composition, targets; targets.make(composition.load().llm); print(targets.__file__)"
+    )
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "app")}
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True

@@ -368,6 +368,34 @@ def test_no_more_tokens_are_generated_than_the_run_asks_for(llava, edge, local_l
             ask(session, step_tensors(batch, edge), "generate", grad=False, max_tokens=9, scales=[])
 
 
+def test_a_frame_that_does_not_go_on_ends_its_session(llava, edge, local_llm):
+    """Found in a review: a frame without its last chunk was held for ever."""
+    with served(llava, edge, local_llm, deadline_seconds=1.0) as (host, _), visiting(host, client=1) as other:
+        chunks = list(wire.encode(wire.Frame("echo", {}, {"x": torch.ones(1 << 20)})))
+        with grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel:
+            held = threading.Event()
+
+            def stops():
+                yield from chunks[:-1]
+                held.wait(20)
+
+            replies = channel.stream_stream(wire.METHOD)(stops(), metadata=wire.credentials(0, 1, host.token(1, 0)))
+            with pytest.raises(grpc.RpcError):
+                list(replies)
+            held.set()
+        assert other.call("card").verb == "card"
+
+
+def test_a_silent_session_gives_way_to_a_client_that_waits(llava, edge, local_llm, monkeypatch):
+    monkeypatch.setattr("fedmm.link.host.IDLE_DEADLINES", 1)
+    with served(llava, edge, local_llm, sessions=1, deadline_seconds=1.0) as (host, _), visiting(host) as silent:
+        silent.call("card")
+        with visiting(host, client=1, turn_seconds=20.0) as waiting:
+            assert waiting.call("card").verb == "card"
+        with pytest.raises((HostGone, HostRefused)):
+            silent.call("card")
+
+
 def test_a_host_that_ends_is_named_at_once(llava, edge, local_llm):
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
         session.call("card")

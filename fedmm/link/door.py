@@ -75,8 +75,12 @@ class Door:
     def _watch(self) -> None:
         crowded = False
         while not self._closed.wait(BUSY_TICK_SECONDS if crowded else TICK_SECONDS):
-            with self._lock:
-                crowded = self._look(time.monotonic())
+            try:
+                with self._lock:
+                    crowded = self._look(time.monotonic())
+            except OSError as error:  # no descriptor is left to list descriptors with
+                log.warning("the port is not watched for now: %s", error)
+                self._closed.wait(UNPROVEN_SECONDS)
 
     def _look(self, now: float) -> bool:
         """Cut what must go; returns whether there were too many."""
@@ -92,7 +96,7 @@ class Door:
                 count += 1
         crowd = [max(machines.values(), key=len).pop(0) for _ in range(count - self._room)]
         for peer in (*late, *crowd):
-            _cut(here[peer])
+            _cut(here[peer], peer)
         if crowd:
             log.debug("the port is crowded: %d of %d unproven connections are cut", len(crowd), count)
         return bool(crowd)
@@ -135,14 +139,15 @@ def _peer_at(port: int, descriptor: int) -> Peer | None:
         opened.detach()  # it is gRPC's to close
 
 
-def _cut(descriptor: int) -> None:
-    """Shut a connection down; gRPC then closes it."""
+def _cut(descriptor: int, peer: Peer) -> None:
+    """Shut the connection with `peer` down, if this descriptor is still its; gRPC then closes it."""
     try:
         opened = socket.socket(fileno=descriptor)
     except OSError:  # closed by now
         return
     try:
-        opened.shutdown(socket.SHUT_RDWR)
+        if _peer(*opened.getpeername()[:2]) == peer:
+            opened.shutdown(socket.SHUT_RDWR)
     except OSError:  # the peer has left
         return
     finally:

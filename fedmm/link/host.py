@@ -13,6 +13,7 @@ import logging
 import re
 import secrets
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from fedmm.types import FedmmError, State, Update
 log = logging.getLogger("fedmm.host")
 METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
 NOTES, NOTE_CHARACTERS = 20, 300  # of one session in the log, and of each
+IDLE_DEADLINES = 10  # of silence, after which a session gives way to clients that wait for one
 _SPARE_THREADS = 4  # for streams that are being let in or turned away, where every session is taken
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
@@ -67,6 +69,8 @@ class _Visit:
     pending: dict[int, tuple[requests.Read, Begun]] = field(default_factory=dict)
     feedback: Feedback = field(default_factory=Feedback)
     noted: int = 0  # times that it did something wrong
+    moved: float = field(default_factory=time.monotonic)  # when something came last, or an answer went
+    reading: bool = False  # whether a frame has begun and is not whole
 
 
 class Host:
@@ -167,6 +171,9 @@ class Host:
             self._engine.close()
             raise FedmmError(f"the link cannot listen on {bind}; set link.bind to a free address") from error
         self._door = door.Door(self.port, door.room(sessions))
+        self._deadline_seconds, self._closed = deadline_seconds, threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="fedmm-sessions", daemon=True)
+        self._watcher.start()
         self._server.start()
 
     # ---- for the server's round loop -------------------------------------------------------------------------------
@@ -225,6 +232,8 @@ class Host:
     def close(self) -> None:
         """Stop serving; safe to repeat."""
         self._server.stop(grace=0.5).wait()
+        self._closed.set()
+        self._watcher.join()
         self._door.close()
         self._engine.close()
 
@@ -240,7 +249,9 @@ class Host:
         visit = self._admit(context)
         try:
             yield from wire.encode(wire.Frame("open"))
-            while (frame := wire.decode(chunks, self._frame_limit_bytes, self._tensors_limit())) is not None:
+            watched = _watched(chunks, visit)
+            while (frame := wire.decode(watched, self._frame_limit_bytes, self._tensors_limit())) is not None:
+                visit.reading = False
                 moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
                 with self._lock:
                     traffic = self._traffic[moved]
@@ -251,6 +262,7 @@ class Host:
                 with self._lock:
                     self._traffic[moved].down_bytes += reply.size_bytes  # what came may have been asked for by now
                 yield from reply
+                visit.moved = time.monotonic()
                 del frame, answer, reply  # or each session would hold what came last, until it sends again
         except wire.WireError as error:
             self._note(visit, f"sent no valid frame: {error}")
@@ -259,6 +271,21 @@ class Host:
             self._door.leave(visit.peer)
             with self._lock:
                 del self._visits[visit.client]
+
+    def _watch(self) -> None:
+        """Cut a session whose frame has begun and does not go on; and, while clients wait for a session, the one that
+        has been silent longest, if that is long: a client may encode or compute for a while between two frames."""
+        while not self._closed.wait(min(1.0, self._deadline_seconds / 4)):
+            now = time.monotonic()
+            with self._lock:
+                visits = list(self._visits.values())
+                late = [v for v in visits if v.reading and now - v.moved > self._deadline_seconds]
+                silent = [v for v in visits if now - v.moved > IDLE_DEADLINES * self._deadline_seconds]
+                if self._full and silent:
+                    late.append(min(silent, key=lambda visit: visit.moved))
+            for visit in late:
+                self._note(visit, "its session is cut: it holds a frame, or others wait and it is silent")
+                visit.context.cancel()
 
     def _admit(self, context: grpc.ServicerContext) -> _Visit:
         """Let a client in by its token, where a session is free.
@@ -486,6 +513,13 @@ class Host:
         """An answer in the codecs that the client asked for."""
         words = codecs.named(frame.meta.get("codecs"))
         return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback, summed or {}))
+
+
+def _watched(chunks: Iterator[bytes], visit: _Visit) -> Iterator[bytes]:
+    """The chunks, noting on the visit when one came and that a frame is being read."""
+    for chunk in chunks:
+        visit.moved, visit.reading = time.monotonic(), True
+        yield chunk
 
 
 def _secured(authority: tls.Authority) -> grpc.ServerCredentials:

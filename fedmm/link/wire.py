@@ -167,7 +167,11 @@ class _Reader:
         """Copy the next bytes into `out`, as many as it has."""
         while len(out):
             if not len(self._left):
-                self._left = memoryview(next(self._chunks, None) or b"")
+                try:
+                    self._left = memoryview(next(self._chunks, None) or b"")
+                except BaseException:
+                    del out  # gRPC keeps its exceptions, and their tracebacks would keep this
+                    raise
                 if not len(self._left):
                     raise WireError(f"the frame claims {self._total} bytes and ended after {self.size}")
             now = min(len(out), len(self._left))
@@ -181,6 +185,7 @@ class _Reader:
 
 def _read(reader: _Reader, body_bytes: int, verb: str, limit_tensors: int) -> dict[str, Tensor]:
     """The tensors of a safetensors file, each in memory of its own: as aligned as torch's, so sums keep their bits."""
+    tensors: dict[str, Tensor] = {}
     try:
         (index_bytes,) = _SIZE.unpack(reader.take(min(_SIZE.size, body_bytes)))
         data_bytes = body_bytes - _SIZE.size - index_bytes
@@ -192,7 +197,7 @@ def _read(reader: _Reader, body_bytes: int, verb: str, limit_tensors: int) -> di
         index = _object(reader.take(index_bytes), "its index")
         if len(index) > limit_tensors:
             raise WireError(f"{verb}: {len(index)} tensors in a frame, at most {limit_tensors}; lower batch_size")
-        tensors, at = {}, 0
+        at = 0
         for name, entry in sorted(index.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             if start != at or end > data_bytes:
@@ -208,6 +213,9 @@ def _read(reader: _Reader, body_bytes: int, verb: str, limit_tensors: int) -> di
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:  # torch's is of sizes
         raise WireError(f"{verb}: the body is no safetensors: {error!r}"[:300]) from error
+    except BaseException:
+        tensors.clear()  # as in `fill`
+        raise
     return tensors
 
 
