@@ -265,6 +265,25 @@ def test_a_body_over_the_limit_is_refused(fleet):
             assert client.post(url, content=content, headers=signed(new_key())).status_code == 413
 
 
+def test_connections_that_say_nothing_keep_no_client_out(tmp_path):
+    """The gate may open 128 files at first; 300 connections come, none of which begins its handshake."""
+    part(tmp_path, "server-keys", tmp_path / "keys")
+    door, context = free_port(), ssl.create_default_context(cafile=str(tmp_path / "keys" / "ca.crt"))
+    command = f"ulimit -Sn 128; exec bash {DEPLOY} gate {tmp_path / 'keys'} 127.0.0.1:{door} {free_port()}"
+    gate = subprocess.Popen(["bash", "-c", command], env=env(tmp_path), stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: answers(door))
+        silent = [socket.create_connection(("127.0.0.1", door), 30) for _ in range(300)]
+        with httpx.Client(verify=context, timeout=30) as client:
+            assert client.get(f"https://127.0.0.1:{door}/").status_code == 404
+        assert {one.recv(1) for one in silent} == {b""}, "and the gate cuts each"
+        for one in silent:
+            one.close()
+    finally:
+        gate.terminate()
+        gate.wait(timeout=60)
+
+
 def test_a_node_key_that_nobody_registered_is_refused(fleet):
     keys = site(fleet, "stranger")
     words = ("supernode", keys, f"127.0.0.1:{fleet.door}", 0, free_port())
