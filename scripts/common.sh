@@ -41,6 +41,7 @@ start() {
 }
 end_all() {
     local pid
+    stop_run
     for pid in "${pids[@]}"; do kill -- "-$pid" 2>/dev/null || true; done
     for pid in "${pids[@]}"; do
         wait "$pid" 2>/dev/null || true
@@ -52,11 +53,11 @@ trap end_all EXIT
 
 # connect NAME PORT [CA]: let `flwr run APP NAME` find the SuperLink on this port, and wait until it answers.
 connect() {
-    local secured="insecure = true"
-    [ -z "${3:-}" ] || secured="root-certificates = \"$(realpath "$3")\""
+    export FLWR_HOME="$state/flower/$1-$2" # another deployment's connection is another file
     mkdir -p "$FLWR_HOME"
-    printf '[superlink]\ndefault = "%s"\n[superlink.%s]\naddress = "127.0.0.1:%s"\n%s\n' "$1" "$1" "$2" "$secured" \
-        >"$FLWR_HOME/config.toml"
+    toml "superlink.default=$1" "superlink.$1.address=127.0.0.1:$2" \
+        ${3:+"superlink.$1.root-certificates=$(realpath "$3")"} >"$FLWR_HOME/config.toml"
+    [ -n "${3:-}" ] || echo "insecure = true" >>"$FLWR_HOME/config.toml" # of the last table
     for _ in $(seq 120); do
         python -c "import socket; socket.create_connection(('127.0.0.1', $2), 1)" 2>/dev/null && return
         sleep 0.5
@@ -65,19 +66,49 @@ connect() {
     return 1
 }
 
+toml() { # NAME.OF.A.STRING=VALUE..., quoted as TOML wants it
+    python - "$@" <<'PYTHON'
+import sys, tomli_w
+tree = {}
+for word in sys.argv[1:]:
+    name, _, value = word.partition("=")
+    *tables, last = name.split(".")
+    at = tree
+    for table in tables:
+        at = at.setdefault(table, {})
+    at[last] = value
+print(tomli_w.dumps(tree), end="")
+PYTHON
+}
+
 # run_app NAME DIR FEDERATION OVERRIDE...: one run of the app, watched from its folder. Fails where the run failed.
 run_app() {
     local name=$1 dir=$2 federation=$3 overrides
     shift 3
     overrides=$(python -c 'import shlex, sys; print(shlex.join(sys.argv[1:]))' "$@" "run.dir=\"$dir\"")
     mkdir -p "$state/log" && cd "$state" # not in the project's folder: workers would import it instead of the bundle
-    printf "overrides = '''%s '''\n" "$overrides" >"$state/run.toml"
+    log="$state/log/flwr_$$.log" # this run's own, as another may go on beside it
+    toml "overrides=$overrides" >"${log%.log}.toml"
     say "flwr run with $overrides"
-    start flwr flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
-        --run-config "$state/run.toml"
+    start "flwr_$$" flwr run "$root" "$name" --stream ${federation:+--federation-config "$federation"} \
+        --run-config "${log%.log}.toml"
+    running=$name
     fedmm watch "$dir" --pid "${pids[-1]}" || {
-        tail -n 30 "$state/log/flwr.log"
-        say "the run failed; the whole log is $state/log/flwr.log"
+        tail -n 30 "$log"
+        say "the run failed; the whole log is $log"
         return 1
     }
+    running=""
+}
+
+running="" # the connection of a run that nobody has seen finish
+stop_run() { # the server goes on with it otherwise, as `flwr run` only starts and shows it
+    local id=""
+    [ -n "$running" ] || return 0
+    for _ in $(seq 50); do # it may be on its way
+        id=$(sed -n 's/.*started run \([0-9]*\).*/\1/p' "$log" | head -n 1)
+        [ -z "$id" ] && kill -0 "${pids[-1]}" 2>/dev/null && sleep 0.2 || break
+    done
+    [ -z "$id" ] || flwr stop "$id" "$running" >>"$log" 2>&1 || true # it may have ended by itself
+    running=""
 }

@@ -11,6 +11,8 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,9 @@ from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse, StartRunRe
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+from test_gate import new_key, signed
 
+from fedmm.flower.gate import BODY_LIMIT_BYTES
 from fedmm.runs.folder import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +39,16 @@ def env(state: Path) -> dict[str, str]:
     return {**os.environ, "FEDMM_VENV": sys.prefix, "FEDMM_STATE": str(state), "FEDMM_HOME": str(state / "cache")}
 
 
-def part(state: Path, *words: object) -> str:
-    """Run a part of scripts/deploy.sh to its end."""
+def tried(state: Path, *words: object, **variables: str) -> subprocess.CompletedProcess:
+    """Run a part of scripts/deploy.sh to its end, whatever that is."""
     command = ["bash", str(DEPLOY), *map(str, words)]
-    done = subprocess.run(command, env=env(state), capture_output=True, text=True, timeout=SLOW, check=False)
+    surroundings = env(state) | variables
+    return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=SLOW, check=False)
+
+
+def part(state: Path, *words: object) -> str:
+    """Run a part of scripts/deploy.sh to its good end."""
+    done = tried(state, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,6 +81,20 @@ def wait_until(happened, seconds: float = 120) -> bool:
 def answers(port: int) -> bool:
     with socket.socket() as one:
         return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def listening(port: int) -> set[str]:
+    """The addresses at which somebody on this machine listens on this port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                family = socket.AF_INET if len(address) == 8 else socket.AF_INET6
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add(socket.inet_ntop(family, b"".join(words)))
+    return found
 
 
 def commands_about(folder: Path) -> set[str]:
@@ -145,6 +169,11 @@ def path_first() -> dict[str, str]:
     return {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
+def signing(bundle: Path, key: Path, out: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fedmm.flower.signing", str(bundle), str(key), "--out", str(out)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, timeout=SLOW)
+
+
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory) -> Iterator[Fleet]:
     state = tmp_path_factory.mktemp("fleet")
@@ -152,8 +181,7 @@ def fleet(tmp_path_factory) -> Iterator[Fleet]:
     part(state, "server-keys", made.keys)
     signer, signature = state / "signer", state / "reviewed.sig"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", signer], check=True)
-    sign = [sys.executable, "-m", "fedmm.flower.signing", str(made.signed), str(signer)]
-    signature.write_text(subprocess.run(sign, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert signing(made.signed, signer, signature).returncode == 0
     (state / "trusted.yaml").write_text(f'fpk_fedmm: "{(state / "signer.pub").read_text().strip()}"\n')
     with (
         started(state, "superlink", made.keys, made.port),
@@ -182,8 +210,10 @@ def test_a_stranger_reaches_nothing_but_the_fleet_api(fleet):
         for method, path in others:
             assert client.request(method, f"https://127.0.0.1:{fleet.door}{path}").status_code == 404, path
         fleets = [path for _, path in routes if path.startswith("/v1/fleet/")]
-        refused = {path: client.post(f"https://127.0.0.1:{fleet.door}{path}").status_code for path in fleets}
-        assert all(code in (400, 401, 415, 422) for code in refused.values()), refused
+        for headers in ([], signed(new_key())):  # and with the headers of a node, which nobody registered
+            asked = {path: client.post(f"https://127.0.0.1:{fleet.door}{path}", headers=headers) for path in fleets}
+            refused = {path: answer.status_code for path, answer in asked.items()}
+            assert all(code in (400, 401, 415, 422) for code in refused.values()), refused
 
 
 @pytest.mark.parametrize(
@@ -217,8 +247,7 @@ def test_the_superlinks_own_port_asks_for_no_login_and_is_on_loopback_alone(flee
     task = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
     assert fleet.post(fleet.port, "/v1/control/list-runs", ListRunsRequest()).status_code == 200
     assert fleet.post(fleet.port, "/v1/runtime/acquire-task", task).status_code == 200
-    (superlink,) = [line for line in commands_about(fleet.keys) if "flower-superlink" in line]
-    assert "--host 127.0.0.1" in superlink
+    assert listening(fleet.port) == {"127.0.0.1"}
 
 
 def test_a_client_without_tls_is_refused(fleet):
@@ -228,18 +257,31 @@ def test_a_client_without_tls_is_refused(fleet):
 
 
 def test_a_body_over_the_limit_is_refused(fleet):
-    from fedmm.flower.gate import BODY_LIMIT_BYTES
-
-    def pieces():
-        for _ in range((BODY_LIMIT_BYTES >> 20) + 2):
-            yield bytes(1 << 20)
-
+    """Said beforehand or not; a whole body is sent, so the answer is there to be read."""
+    size = BODY_LIMIT_BYTES + (2 << 20)
     with fleet.stranger() as client:
-        try:
-            answer = client.post(f"https://127.0.0.1:{fleet.door}/v1/fleet/push-object", content=pieces())
-            assert answer.status_code == 413
-        except (httpx.WriteError, httpx.RemoteProtocolError):
-            pass  # cut while it was still sending
+        for content in (bytes(size), (bytes(1 << 20) for _ in range(size >> 20))):
+            url = f"https://127.0.0.1:{fleet.door}/v1/fleet/push-object"
+            assert client.post(url, content=content, headers=signed(new_key())).status_code == 413
+
+
+def test_connections_that_say_nothing_keep_no_client_out(tmp_path):
+    """The gate may open 128 files at first; 300 connections come, none of which begins its handshake."""
+    part(tmp_path, "server-keys", tmp_path / "keys")
+    door, context = free_port(), ssl.create_default_context(cafile=str(tmp_path / "keys" / "ca.crt"))
+    command = f"ulimit -Sn 128; exec bash {DEPLOY} gate {tmp_path / 'keys'} 127.0.0.1:{door} {free_port()}"
+    gate = subprocess.Popen(["bash", "-c", command], env=env(tmp_path), stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: answers(door))
+        silent = [socket.create_connection(("127.0.0.1", door), 30) for _ in range(300)]
+        with httpx.Client(verify=context, timeout=30) as client:
+            assert client.get(f"https://127.0.0.1:{door}/").status_code == 404
+        assert {one.recv(1) for one in silent} == {b""}, "and the gate cuts each"
+        for one in silent:
+            one.close()
+    finally:
+        gate.terminate()
+        gate.wait(timeout=60)
 
 
 def test_a_node_key_that_nobody_registered_is_refused(fleet):
@@ -280,6 +322,80 @@ def test_keys_are_not_overwritten(fleet):
     assert (fleet.keys / "ca.key").read_bytes() == before
 
 
+def test_what_is_not_whole_is_not_left_behind(tmp_path):
+    done = tried(tmp_path, "server-keys", tmp_path / "keys", "1.2.3.4.5")
+    assert done.returncode != 0
+    assert "1.2.3.4.5" in done.stderr, "what openssl said"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_certificate_is_of_the_same_authority(tmp_path):
+    keys = tmp_path / "keys"
+    part(tmp_path, "server-keys", keys, "a.example.org")
+    authority, before = (keys / "ca.crt").read_bytes(), (keys / "server.crt").read_bytes()
+    part(tmp_path, "server-cert", keys, "b.example.org")
+    assert (keys / "ca.crt").read_bytes() == authority
+    assert (keys / "server.crt").read_bytes() != before
+    check = ["openssl", "verify", "-CAfile", keys / "ca.crt", "-verify_hostname", "b.example.org", keys / "server.crt"]
+    subprocess.run(check, check=True, capture_output=True)
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(keys / "server.crt", keys / "server.key")
+    assert {path.name for path in keys.iterdir()} == {"ca.crt", "ca.key", "server.crt", "server.key"}
+
+
+@pytest.mark.parametrize(
+    "words", [["run"], ["gate", "keys"], ["server-cert", "keys"], ["supernode", "keys", "server:1"]]
+)
+def test_who_forgets_an_argument_is_told_the_parts_usage(tmp_path, words):
+    done = tried(tmp_path, *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: bash scripts/deploy.sh {words[0]} KEYS ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_site_whose_data_are_not_there_does_not_start(tmp_path):
+    done = tried(tmp_path, "supernode", tmp_path, "127.0.0.1:1", 0, FEDMM_DATA="/no/such/folder")
+    assert done.returncode == 1
+    assert "FEDMM_DATA=/no/such/folder is no folder" in done.stdout
+
+
+def test_overrides_reach_the_run_as_they_are(tmp_path):
+    asked = """label="it'''s \\ a \"label\""  [ü]"""
+    command = ["bash", "-c", 'source "$1"; toml "overrides=$2"', "-", str(ROOT / "scripts" / "common.sh"), asked]
+    done = subprocess.run(command, env=env(tmp_path), capture_output=True, text=True, timeout=SLOW, check=True)
+    assert tomllib.loads(done.stdout) == {"overrides": asked}
+
+
+def test_what_cannot_be_signed_leaves_no_signature(tmp_path):
+    fab, ours, locked, other = (tmp_path / name for name in ("a.fab", "ours", "locked", "other"))
+    with zipfile.ZipFile(fab, "w") as file:
+        file.writestr("pyproject.toml", "")
+    for key, kind, passphrase in ((ours, "ed25519", ""), (locked, "ed25519", "secret"), (other, "ecdsa", "")):
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", key], check=True)
+    before = set(tmp_path.iterdir())
+    for bundle, key in ((fab, locked), (fab, other), (fab, fab), (fab, tmp_path / "none"), (ours, ours)):
+        done = signing(bundle, key, tmp_path / "sig")
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert set(tmp_path.iterdir()) == before
+    assert signing(fab, ours, tmp_path / "sig").returncode == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "sig"}
+
+
+def test_a_run_has_its_folder_alone_and_ends_with_its_script(fleet):
+    """No site is there, so it waits for some until it is ended."""
+    folder = fleet.state / "waits"
+    words = ("run", fleet.keys, fleet.port, folder, "run.wait_seconds=600")
+    earlier = len(fleet.runs())
+    with started(fleet.state, *words) as (process, log):
+        assert wait_until(lambda: "running:" in fleet.runs() or process.poll() is not None), log.read_text()
+        again = tried(fleet.state, *words)
+        assert again.returncode == 1
+        assert f"another run goes on in {folder}" in again.stdout
+        assert len(fleet.runs()) == earlier + 1
+    assert wait_until(lambda: "running:" not in fleet.runs(), 30)
+    assert fleet.runs().count("finished:stopped") == 1
+    assert wait_until(lambda: not [line for line in commands_about(fleet.keys) if "deploy.sh run" in line], 30)
+
+
 @pytest.mark.timeout(900)  # six processes that import torch, one after the other: a minute on two free cores
 def test_the_script_runs_a_deployment_in_which_nothing_is_insecure(tmp_path):
     state, folder = tmp_path / "state", tmp_path / "run"
@@ -304,6 +420,9 @@ def test_the_script_runs_a_deployment_in_which_nothing_is_insecure(tmp_path):
     assert wait_until(lambda: not commands_about(state), 30), "all that it started has ended"
     posts = (state / "log" / "gate.log").read_text()
     assert '"POST /v1/fleet/push-messages HTTP/1.1" 200' in posts, "the sites came through the gate"
+    database = list((state / "fleet").glob("state.db*"))
+    assert any(b"PRIVATE KEY" in path.read_bytes() for path in database), "the link's keys are in it"
+    assert not [path for path in database if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)]
 
 
 def test_a_run_that_fails_fails_the_script_which_ends_what_it_started(tmp_path):

@@ -13,14 +13,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import resource
 import ssl
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx  # of Flower, as uvicorn is
 import uvicorn
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.proto.fab_pb2 import GetFabResponse
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from google.protobuf.message import DecodeError
 
 from fedmm.flower import signing
 
@@ -32,7 +45,9 @@ FLEET = frozenset(
     )
 )  # fmt: skip
 BODY_LIMIT_BYTES = 64 << 20  # a site's answers, the largest that goes up, are a few MB
+BODIES_LIMIT_BYTES = 256 << 20  # of all bodies that are here at once, and one site's share is BODY_LIMIT_BYTES
 _BODY_SECONDS = 60.0
+_HANDSHAKE_SECONDS = 5.0
 _CONNECTIONS = 1024  # more are told 503, so that they cannot take every descriptor
 
 Headers = list[tuple[bytes, bytes]]
@@ -40,51 +55,139 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
+class _Refused(Exception):
+    """The gate's own answer, an HTTP status."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
 class Gate:
     """An ASGI application that hands `FLEET` on to `superlink` and answers 404 to everything else.
 
-    Only Flower's own headers pass. With a `signature`, the bundle it was made for goes to sites with it.
+    A request without a node key's signature is refused before its body is read (401). So is a body that is too large
+    (413), or for which there is no room beside the others (503). A node answers for itself alone (403). Only Flower's
+    own headers pass. With a `signature`, the bundle it was made for goes to sites with it.
     """
 
     def __init__(self, superlink: httpx.AsyncClient, signature: signing.Signature | None = None) -> None:
         self._superlink, self._signature = superlink, signature
+        self._bodies = _Bodies()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         asked = scope.get("path", "")
         known = scope["type"] == "http" and scope["method"] == "POST" and asked in FLEET
-        status, headers, content = await self._hand_on(asked, scope["headers"], receive) if known else (404, [], b"")
+        try:
+            if not known:
+                raise _Refused(404)
+            status, headers, content = await self._hand_on(asked, scope["headers"], receive)
+        except _Refused as refused:
+            status, headers, content = refused.status, [], b""
         headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
     async def _hand_on(self, path: str, headers: Headers, receive: Receive) -> tuple[int, Headers, bytes]:
-        try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                body = await _read(receive)
-        except TimeoutError:
-            return 408, [], b""
-        if body is None:
-            return 413, [], b""
-        try:
-            reply = await self._superlink.post(path, content=body, headers=_flowers(headers))
-        except httpx.HTTPError:
-            return 502, [], b""
+        key = _signer(headers)
+        with self._bodies.one_of(key) as grow:
+            body = await _read(headers, receive, grow)
+            if path == "/v1/fleet/push-messages":
+                _check_senders(body)
+            try:
+                reply = await self._superlink.post(path, content=body, headers=_flowers(headers))
+            except httpx.HTTPError:
+                raise _Refused(502) from None
+        if reply.status_code == 200:
+            self._bodies.let_in(key)
         content = reply.content
         if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
             content = _signed(content, self._signature)
         return reply.status_code, _flowers(reply.headers.raw), content
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The request's body; None where it is over the limit."""
+class _Bodies:
+    """Counts the bytes of all bodies that are here, whole or in part.
+
+    Who has a share: each key to which the SuperLink has said yes, and all other keys together, since anyone can make
+    new ones.
+    """
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()
+        self._held: Counter[bytes] = Counter()
+
+    def let_in(self, key: bytes) -> None:
+        self._keys.add(key)
+
+    @contextmanager
+    def one_of(self, key: bytes) -> Iterator[Callable[[int], None]]:
+        """Gives what to call before so many bytes more are kept; it raises _Refused(503) where there is no room."""
+        who, here = key if key in self._keys else b"", 0
+
+        def grow(more: int) -> None:
+            nonlocal here
+            if self._held[who] + more > BODY_LIMIT_BYTES or self._held.total() + more > BODIES_LIMIT_BYTES:
+                raise _Refused(503)
+            self._held[who] += more
+            here += more
+
+        try:
+            yield grow
+        finally:
+            self._held[who] -= here
+            if not self._held[who]:
+                del self._held[who]
+
+
+def _signer(headers: Headers) -> bytes:
+    """The public key that signed this request's time stamp; the SuperLink checks whose it is, once it has the body."""
+    found = dict(headers)
+    if len(found) != len(headers):  # one header twice: the SuperLink might read the other one
+        raise _Refused(401)
+    try:
+        key = base64.b64decode(found[FLEET_HTTP_PUBLIC_KEY_HEADER.encode()], validate=True)
+        signature = base64.b64decode(found[FLEET_HTTP_SIGNATURE_HEADER.encode()], validate=True)
+        stamp = found[TIMESTAMP_HEADER.encode()]
+        age = (now() - datetime.fromisoformat(stamp.decode("ascii"))).total_seconds()
+        public = bytes_to_public_key(key)
+        if not isinstance(public, EllipticCurvePublicKey) or not verify_signature(public, stamp, signature):
+            raise ValueError("the signature is not this key's")
+    except (KeyError, ValueError, TypeError, UnsupportedAlgorithm):  # which of these is no stranger's business
+        raise _Refused(401) from None
+    if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:  # Flower's own bounds
+        raise _Refused(401)
+    return key
+
+
+async def _read(headers: Headers, receive: Receive, grow: Callable[[int], None]) -> bytes:
+    """The request's body."""
+    declared = dict(headers).get(b"content-length", b"0")
+    if not declared.isdigit() or int(declared) > BODY_LIMIT_BYTES:
+        raise _Refused(413)
     body = bytearray()
-    while True:
-        event = await receive()
-        body += event.get("body", b"")
-        if len(body) > BODY_LIMIT_BYTES:
-            return None
-        if not event.get("more_body"):
-            return bytes(body)
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            while True:
+                event = await receive()
+                piece = event.get("body", b"")
+                if len(body) + len(piece) > BODY_LIMIT_BYTES:
+                    raise _Refused(413)
+                grow(len(piece))
+                body += piece
+                if not event.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        raise _Refused(408) from None
+
+
+def _check_senders(body: bytes) -> None:
+    """Flower compares the key with `node` alone, and takes an answer for that of its message's source."""
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        raise _Refused(400) from None
+    if any(message.metadata.src_node_id != request.node.node_id for message in request.messages_list):
+        raise _Refused(403)
 
 
 def _flowers(headers: Headers) -> Headers:
@@ -100,7 +203,16 @@ def _signed(content: bytes, signature: signing.Signature) -> bytes:
     return reply.SerializeToString()
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """Of asyncio, but who opens a connection has seconds for its TLS handshake, not a minute. For uvicorn."""
+
+    async def create_server(self, *args: Any, **how: Any) -> asyncio.Server:
+        return await super().create_server(*args, **how, ssl_handshake_timeout=_HANDSHAKE_SECONDS)
+
+
 def main() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bind", required=True, help="where sites knock, host:port")
     parser.add_argument("--superlink", required=True, help="the SuperLink's address on this machine, host:port")
@@ -120,6 +232,7 @@ def main() -> None:
         port=int(port),
         ssl_certfile=given.keys / "server.crt",
         ssl_keyfile=given.keys / "server.key",
+        loop="fedmm.flower.gate:Loop",
         lifespan="off",
         interface="asgi3",
         limit_concurrency=_CONNECTIONS,

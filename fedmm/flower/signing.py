@@ -3,7 +3,7 @@
 A bundle is code that sites run. `flower-supernode --trusted-entities FILE` refuses each bundle without a signature of a
 key in FILE. Flower 1.41 brings signatures from its Hub alone; ours are made here and handed on by `gate`:
 
-    python -m fedmm.flower.signing BUNDLE.fab KEY > fedmm.sig     # KEY: ssh-keygen -t ed25519, kept off the server
+    python -m fedmm.flower.signing BUNDLE.fab KEY --out fedmm.sig     # KEY: ssh-keygen -t ed25519, kept off the server
 
 The form is Flower's: Ed25519 over the time (8 bytes, big-endian) and the bundle's SHA-256.
 """
@@ -14,10 +14,13 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign, load_private_key, sign_message
 
 KEY_ID = "fpk_fedmm"  # what a site's file of trusted keys calls the key
@@ -42,8 +45,12 @@ class Signature:
 
 def sign(bundle: bytes, key: Path) -> Signature:
     """Sign with an OpenSSH Ed25519 key without a passphrase. Raises ValueError on another kind of key."""
+    try:
+        private = load_private_key(key)
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:  # TypeError: it has a passphrase
+        raise ValueError(f"{key} is no OpenSSH Ed25519 private key without a passphrase: {error}") from error
     now, digest = int(time.time()), hashlib.sha256(bundle).digest()
-    signed = sign_message(load_private_key(key), create_message_to_sign(digest, now))
+    signed = sign_message(private, create_message_to_sign(digest, now))
     return Signature(digest.hex(), now, base64.urlsafe_b64encode(signed).decode())
 
 
@@ -57,9 +64,25 @@ def read(path: Path) -> Signature:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="made by `flwr build`")
-    parser.add_argument("key", type=Path, help="an OpenSSH Ed25519 key")
+    parser.add_argument("key", type=Path, help="an OpenSSH Ed25519 key without a passphrase")
+    parser.add_argument("--out", type=Path, required=True, help="where the signature goes; a file there is replaced")
     given = parser.parse_args()
-    print(json.dumps(asdict(sign(given.bundle.read_bytes(), given.key))))
+    try:
+        if not zipfile.is_zipfile(given.bundle):
+            raise ValueError(f"{given.bundle} is no app bundle; make one by flwr build")
+        _write(given.out, json.dumps(asdict(sign(given.bundle.read_bytes(), given.key))))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
