@@ -268,6 +268,7 @@ class Host:
             self._note(visit, f"sent no valid frame: {error}")
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
         finally:
+            visit.pending.clear()  # gRPC may keep this call for a while
             self._door.leave(visit.peer)
             with self._lock:
                 del self._visits[visit.client]
