@@ -630,7 +630,7 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
         run(backbone, tmp_path / local, f"arm={arm}", f"link.local={local}")
         named[local] = {name for verb, names in sent if verb in STEPS for name in names}
         seen[local] = sum(any(own in value for value in values) for own in kept)
-        assert {verb for verb, _ in sent} - STEPS <= {"card", "edge", "state", "update", "known", "features"}
+        assert {verb for verb, _ in sent} - STEPS <= {"open", "card", "edge", "state", "update", "known", "features"}
     assert kept and seen["dense"] == 0 < seen["factored"], "by their bits too"
     assert {"up", "h", "token_up", "token_down"} <= named["factored"]
     assert named["dense"] <= {"whole", "mask", "keep", "labels", "losses", "grad/whole", "logits"}
