@@ -1,11 +1,12 @@
-"""How much of what a client says of its own data is believed: its examples and its questions.
+"""Limits on the numbers of examples and questions that a client claims to have.
 
 A rule weighs an update by `num_examples`, and an accuracy is a sum over everybody's questions. So a client that claims
 more than it has speaks for the others. Where the server has the data (`run.has_data`) it knows both counts. Else
 `run.max_examples` bounds them, and the first count that was accepted binds the client until the run's end: an honest
 client has the same in every round, since every method and sampling tells all of a client's examples.
 
-A count above is refused and not cut: a lie is then named, and a site whose data grew learns that it needs a new run.
+A count above the limit is refused, not lowered to it. So a false claim is reported, and a site whose data grew learns
+that it needs a new run.
 """
 
 from __future__ import annotations

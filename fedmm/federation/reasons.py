@@ -1,4 +1,4 @@
-"""Why a client could not do its part: what the server hears is one of these reasons and a count, and no more.
+"""Why a client could not do its part: it sends the server only one of these reasons and a count.
 
 An exception's text may hold a path, an environment variable or a value of the site's data. So it stays in the site's
 log, and the server puts its own words to the reason.

@@ -1,4 +1,4 @@
-"""The door that sites knock on: passes Flower's Fleet API to a SuperLink on this machine, and nothing else.
+"""The gate that sites connect to: it passes only Flower's Fleet API on to a SuperLink on this machine.
 
 Flower 1.41 serves three APIs on one port. The Fleet API knows each SuperNode by its key. The Control API has no login:
 whoever reaches it can start a run, which is code on the server. So the SuperLink listens on loopback, and sites reach
@@ -108,8 +108,8 @@ class Gate:
 class _Bodies:
     """Counts the bytes of all bodies that are here, whole or in part.
 
-    Who has a share: each key to which the SuperLink has said yes, and all other keys together, since anyone can make
-    new ones.
+    Each key that the SuperLink has accepted has a share of its own. All other keys have one share together, since
+    anyone can make new keys.
     """
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ def _signed(content: bytes, signature: signing.Signature) -> bytes:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Of asyncio, but who opens a connection has seconds for its TLS handshake, not a minute. For uvicorn."""
+    """asyncio's loop for uvicorn, with a shorter time for a TLS handshake: seconds instead of a minute."""
 
     async def create_server(self, *args: Any, **how: Any) -> asyncio.Server:
         return await super().create_server(*args, **how, ssl_handshake_timeout=_HANDSHAKE_SECONDS)

@@ -40,7 +40,7 @@ def room(sessions: int) -> int:
 
 
 def connections(sessions: int) -> int:
-    """Connections of a host of so many sessions, at most: as many again as it bears may come between two looks."""
+    """The most connections of a host with so many sessions: between two looks, `room` more may arrive."""
     return sessions + 2 * room(sessions)
 
 
