@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,17 +38,23 @@ def mistakes(cfg: Config, *, rehearse: bool = True) -> Iterator[str]:
 
 
 def _too_much(cfg: Config) -> Iterator[str]:
-    for path, high in AT_MOST.items():
-        value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
-        if isinstance(value, int | float) and value > high:
+    for path, high, value in _bounded(cfg, AT_MOST):
+        if value > high:
             yield f"{path} must be at most {high:,}, got {value:,}"
+
+
+def _bounded(cfg: Config, bounds: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
+    """The settings of `bounds` that have a number, each with its bound; of a step that is off there is none."""
+    for path, bound in bounds.items():
+        value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
+        if isinstance(value, int | float):
+            yield path, bound, value
 
 
 def _settings(cfg: Config) -> Iterator[str]:
     """Settings by themselves."""
-    for path, low in AT_LEAST.items():
-        value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
-        if isinstance(value, int | float) and not value >= low:  # nan neither; of a step that is off there is none
+    for path, low, value in _bounded(cfg, AT_LEAST):
+        if not value >= low:  # nan neither
             yield f"{path} must be at least {low:g}, got {value:g}"
     for path, choices in ONE_OF.items():
         if (chosen := OmegaConf.select(typing.cast(DictConfig, cfg), path)) not in choices:

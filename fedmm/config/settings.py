@@ -86,8 +86,8 @@ class LinkConfig:
     loss: str = "auto"  # client: logits come down and the client computes the loss itself
     deadline_seconds: float = 60.0  # the longest wait for one reply
     frame_limit_mb: int = 1024
-    sessions: int = 64  # clients connected at once; others wait for their turn, until run.round_seconds are
-    # over. While they wait, a client that is silent for ten deadlines loses its session
+    sessions: int = 64  # clients connected at once; others wait for their turn, run.round_seconds at most.
+    # While they wait, a client that is silent for ten deadlines loses its session
     pending: int = 4  # forward passes of a session that may wait for their backward
     workers: int = 2  # LLM passes at once, and a small one where large ones hold all; each on `threads` threads
     merge_rows: int = 0  # rows of clients' steps run as one batch: for a GPU. 0: each alone, no bit depends on company

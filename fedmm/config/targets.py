@@ -48,10 +48,10 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
     """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
     if node is None:
         return None
-    for path, inner in _walk("", node):
+    for path, _, inner in _walk(node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        if not _admitted(str(inner["_target_"]), frozenset().union(*_listed().values())):
+        if not _admitted(str(inner["_target_"]), _listed_anywhere()):
             raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
         return instantiate(node, *args, _convert_="all", **kwargs)
@@ -61,12 +61,12 @@ def make(node: Any, *args: Any, **kwargs: Any) -> Any:
 
 def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
     """Every node that names a target, with its path."""
-    yield from _walk("", typing.cast(DictConfig, cfg))
+    yield from ((path, node) for path, _, node in _walk(cfg))
 
 
 def unlisted(cfg: DictConfig) -> Iterator[str]:
     """Every target that may not stand where it does, one line each. Imports nothing."""
-    for place, node in _walk("", cfg, _place):
+    for _, place, node in _walk(cfg):
         target, listed = str(node["_target_"]), _listed().get(place, frozenset())
         if not listed:
             yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
@@ -80,8 +80,7 @@ def unlisted(cfg: DictConfig) -> Iterator[str]:
 def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
     """What these groups read from this machine's disk or from a hub: each setting that names it, its value, and
     whether a file of `conf/` has the same value at the same place, as for a public dataset."""
-    whole = typing.cast(DictConfig, cfg)
-    for (path, node), (place, _) in zip(_walk("", whole), _walk("", whole, _place), strict=True):
+    for path, place, node in _walk(cfg):
         if path.split(".")[0] in groups:
             hints = hints_of(locate(str(node["_target_"])))
             for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
@@ -97,6 +96,11 @@ def _listed() -> dict[str, frozenset[str]]:
 
 
 @functools.cache
+def _listed_anywhere() -> frozenset[str]:
+    return frozenset().union(*_listed().values())
+
+
+@functools.cache
 def _values() -> dict[str, frozenset[str]]:
     """What the files of `conf/` set in nodes that name a target, by place; an interpolation is no value."""
     found: dict[str, frozenset[str]] = {}
@@ -104,7 +108,7 @@ def _values() -> dict[str, frozenset[str]]:
         text = path.read_text()
         file = OmegaConf.create(text.replace("${", "$<"))  # a file by itself has nothing that it could refer to
         prefix = "" if text.startswith("# @package _global_") else path.parent.name
-        for place, node in _walk(prefix, file, _place):
+        for _, place, node in _walk(file, prefix, prefix):
             for name, value in node.items():
                 found[f"{place}.{name!s}"] = found.get(f"{place}.{name!s}", frozenset()) | {str(value)}
     return found
@@ -117,24 +121,22 @@ def _admitted(target: str, listed: frozenset[str]) -> bool:
     return target in listed or any(target.startswith(name) if name.endswith(".") else target == name for name in own)
 
 
-def _walk(
-    path: str, node: Any, step: Callable[[str, Any, str], str] = lambda path, node, key: f"{path}.{key}"
-) -> Iterator[tuple[str, DictConfig]]:
+def _walk(node: Any, path: str = "", place: str = "") -> Iterator[tuple[str, str, DictConfig]]:
+    """Every node in here that names a target, with its path, and with the place that `conf/` knows it by: in a mapping
+    of nodes by name (`dataset.of`) the name is free, and the place has a * for it."""
     if isinstance(node, ListConfig) and not node._is_none():
         for i, inner in enumerate(node):
-            yield from _walk(f"{path}[{i}]", inner, step)
+            yield from _walk(inner, f"{path}[{i}]", f"{place}[{i}]")
     if not isinstance(node, DictConfig) or node._is_none():
         return
     if "_target_" in node:
-        yield path, node
+        yield path, place, node
+    free = (
+        place and "_target_" not in node and all(isinstance(v, DictConfig) and "_target_" in v for v in node.values())
+    )
     for key in node:
-        yield from _walk(step(path, node, str(key)).lstrip("."), node[key], step)
-
-
-def _place(path: str, node: DictConfig, key: str) -> str:
-    """Where a value of `node` stands. In a mapping of nodes by name (`dataset.of`) the name is free."""
-    free = path and "_target_" not in node and all(isinstance(v, DictConfig) and "_target_" in v for v in node.values())
-    return f"{path}.{'*' if free else key}"
+        own = "*" if free else key
+        yield from _walk(node[key], f"{path}.{key!s}".lstrip("."), f"{place}.{own!s}".lstrip("."))
 
 
 def locate(target: str) -> Callable[..., Any]:

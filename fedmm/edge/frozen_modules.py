@@ -160,7 +160,7 @@ def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tens
 
 def _processor(parts: Mapping[str, torch.Tensor]) -> Processor:
     config = _config(parts)
-    numbers = json.loads(parts["file/processor_config.json"].numpy().tobytes())
+    numbers = _file(parts, "processor_config.json")
     side = config.vision_config.image_size // numbers["patch_size"]
     first = numbers.get("num_additional_image_tokens", 0) - (numbers["vision_feature_select_strategy"] == "default")
     return Processor(
@@ -210,7 +210,7 @@ def _as_tensor(raw: bytes) -> torch.Tensor:
 
 
 def _plan(parts: Mapping[str, torch.Tensor]) -> Plan:
-    return Plan(**json.loads(parts[_COMPACT].numpy().tobytes()))
+    return Plan(**_file(parts, _COMPACT.removeprefix("file/")))
 
 
 def _config(parts: Mapping[str, torch.Tensor]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from fedmm import tree
 from fedmm.adapters import schema as schemas
 from fedmm.codecs import Codecs
-from fedmm.config.composition import load
+from fedmm.config.composition import compose
 from fedmm.config.derived import at_client, private_sets, scale
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
@@ -137,10 +137,12 @@ def scored_parts(cfg: Config, order: Order) -> list[int]:
 
 
 def take_part(order: Order) -> Report:
-    """Do what `order` asks. Raises Lost where it cannot; what may leave of that is the reason and the count alone."""
+    """Do what an order asks that `Site.admit` has let in, which checks its settings.
+
+    Raises Lost where it cannot; what may leave of that is the reason and the count alone.
+    """
     began = time.perf_counter()
-    with because(Reason.SETTINGS):
-        cfg = load(order.overrides, rehearse=False)
+    cfg = compose(order.overrides)
     torch.set_num_threads(cfg.threads)
     with (
         because(Reason.TRAINING),

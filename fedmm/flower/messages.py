@@ -70,8 +70,8 @@ def read_lost(reply: Message) -> str | None:
     record = reply.content.config_records.get(_LOST)
     if record is None:
         return None
-    reason, count = record.get("reason"), record.get("count")
-    if not isinstance(reason, str) or type(count) is not int or not 0 < count <= _LARGEST:
+    reason, count = record.get("reason"), _integer(record, "count")
+    if not isinstance(reason, str) or count < 1:
         raise ValueError("a client's reason is a text and a count from 1")
     return told(reason, count)
 

@@ -14,7 +14,6 @@ import argparse
 import base64
 import hashlib
 import json
-import os
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -22,6 +21,9 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign, load_private_key, sign_message
+
+from fedmm.storage import machine_cache
+from fedmm.types import FedmmError
 
 KEY_ID = "fpk_fedmm"  # what a site's file of trusted keys calls the key
 
@@ -70,19 +72,10 @@ def main() -> None:
     try:
         if not zipfile.is_zipfile(given.bundle):
             raise ValueError(f"{given.bundle} is no app bundle; make one by flwr build")
-        _write(given.out, json.dumps(asdict(sign(given.bundle.read_bytes(), given.key))))
-    except (OSError, ValueError) as error:
+        made = sign(given.bundle.read_bytes(), given.key)
+        machine_cache.write(given.out, json.dumps(asdict(made)).encode(), public=True)
+    except (OSError, ValueError, FedmmError) as error:
         parser.exit(2, f"{error}\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a step takes of memory at its peak: known before anything is allocated for it.
 
-    bytes = overhead (fixed + rows (a T + b T^2) + embeddings + logits)
+    bytes = overhead (fixed + rows (a T + b T^2) + embeddings + logits + what the frame holds)
 
 `fixed`, `a` and `b` come from small passes on the LLM that is served, measured once at the host's start: with
 gradients, as a training step runs, and with a cache, as generation runs. Embeddings and logits are counted. The
