@@ -80,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             what = sweeps if args.dir.exists() else "not there yet; waiting for it"
             print(f"{args.dir} is {what}", file=sys.stderr)
         until = (lambda: not _alive(args.pid)) if args.pid else None
-        return show(args.dir, until=until, stall_seconds=args.stall)
+        try:
+            return show(args.dir, until=until, stall_seconds=args.stall)
+        except KeyboardInterrupt:
+            return 130
     if args.command == "export":
         return _export(args.dir, args.folder)
     if args.command == "bench":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -194,3 +196,30 @@ def test_who_opens_a_connection_and_says_nothing_is_cut(monkeypatch):
 
     with asyncio.Runner(loop_factory=gate.Loop) as runner:
         assert runner.run(said()) == b"", "closed, and not by us"
+
+
+def test_one_machine_takes_no_more_than_its_share_of_connections(monkeypatch):
+    monkeypatch.setattr(gate.Listener, "limit", 3)
+    with ExitStack() as stack:
+        listener = stack.enter_context(gate._listen("127.0.0.1:0"))
+        listener.listen()
+        listener.setblocking(False)
+
+        def connect(source: str) -> socket.socket:
+            return stack.enter_context(socket.create_connection(listener.getsockname(), 5, source_address=(source, 0)))
+
+        for _ in range(5):
+            connect("127.0.0.2")
+        stayed = [listener.accept()[0] for _ in range(3)]
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        connect("127.0.0.1")
+        other, address = listener.accept()
+        assert address[0] == "127.0.0.1"
+        stayed.pop().close()
+        connect("127.0.0.2")
+        stayed.append(listener.accept()[0])
+        for socket_ in (*stayed, other):
+            socket_.close()
+            socket_.close()
+        assert not +listener._open

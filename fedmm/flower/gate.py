@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import resource
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,6 +37,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from google.protobuf.message import DecodeError
 
 from fedmm.flower import signing
+from fedmm.link.door import address_of, machine_of
 
 FLEET = frozenset(
     f"/v1/fleet/{call}"
@@ -49,6 +51,7 @@ BODIES_LIMIT_BYTES = 256 << 20  # of all bodies that are here at once, and one s
 _BODY_SECONDS = 60.0
 _HANDSHAKE_SECONDS = 5.0
 _CONNECTIONS = 1024  # more are told 503, so that they cannot take every descriptor
+CONNECTIONS_OF_ONE = 512  # machine, handshakes included; more are closed as they come
 
 Headers = list[tuple[bytes, bytes]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -203,6 +206,54 @@ def _signed(content: bytes, signature: signing.Signature) -> bytes:
     return reply.SerializeToString()
 
 
+class Listener(socket.socket):
+    """A listening socket that closes connections of a machine that has `limit` of them open."""
+
+    limit = CONNECTIONS_OF_ONE
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._open: Counter[object] = Counter()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection that may stay. Raises BlockingIOError where none waits."""
+        while True:
+            came, address = super().accept()
+            machine = machine_of(address_of(address[0]))
+            if self._open[machine] >= self.limit:
+                came.close()
+                continue
+            self._open[machine] += 1
+            return _Connection(came, lambda: self._leave(machine)), address  # noqa: B023 (returned at once)
+
+    def _leave(self, machine: object) -> None:
+        self._open -= Counter([machine])
+
+
+class _Connection(socket.socket):
+    """A socket that says when it is closed."""
+
+    def __init__(self, came: socket.socket, on_close: Callable[[], None]) -> None:
+        super().__init__(came.family, came.type, came.proto, fileno=came.detach())
+        self._on_close: Callable[[], None] | None = on_close
+
+    def close(self) -> None:
+        super().close()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+
+
+def _listen(bind: str) -> Listener:
+    """Listen at host:port. Raises OSError where it cannot."""
+    host, _, port = bind.rpartition(":")
+    family, kind, number, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    listener = Listener(family, kind, number)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    return listener
+
+
 class Loop(asyncio.SelectorEventLoop):
     """asyncio's loop for uvicorn, with a shorter time for a TLS handshake: seconds instead of a minute."""
 
@@ -219,17 +270,14 @@ def main() -> None:
     parser.add_argument("--keys", required=True, type=Path, help="the folder of ca.crt, server.crt and server.key")
     parser.add_argument("--signature", type=Path, help="what `python -m fedmm.flower.signing` wrote")
     given = parser.parse_args()
-    host, _, port = given.bind.rpartition(":")
     superlink = httpx.AsyncClient(
         base_url=f"https://{given.superlink}",
         verify=ssl.create_default_context(cafile=str(given.keys / "ca.crt")),
         trust_env=False,
         timeout=_BODY_SECONDS,
     )
-    uvicorn.run(
+    config = uvicorn.Config(
         Gate(superlink, signing.read(given.signature) if given.signature else None),  # type: ignore[arg-type]
-        host=host.strip("[]"),
-        port=int(port),
         ssl_certfile=given.keys / "server.crt",
         ssl_keyfile=given.keys / "server.key",
         loop="fedmm.flower.gate:Loop",
@@ -239,6 +287,8 @@ def main() -> None:
         proxy_headers=False,
         server_header=False,
     )
+    with _listen(given.bind) as listener:
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":
