@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROMPT, served, small_llava, some_examples, visiting
-from test_feddat import run, states, written_out
+from feddat_loop import run, states, written_out
+from helpers import PROMPT, served, small_llava, some_examples, visiting
 
 from fedmm import seeds
 from fedmm.adapters import inner

@@ -7,7 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, rounds, run, served, some_examples, visiting
+from helpers import PROMPT, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
 from fedmm.adapters.nano import cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, gradients, rounds, run, served, some_examples, visiting
+from helpers import PROMPT, gradients, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
 from fedmm.adapters.nano import cut, draw

@@ -8,7 +8,7 @@ import multiprocessing
 from dataclasses import replace
 
 import pytest
-from conftest import CountingProxy
+from helpers import CountingProxy
 
 from fedmm.bench import served, traffic
 from fedmm.bench.common import Case, in_turn

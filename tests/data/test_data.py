@@ -9,11 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 from fedmm.config.composition import load
@@ -22,7 +22,7 @@ from fedmm.data.long_tail import long_tail, long_tail_counts
 from fedmm.federation import build
 from fedmm.types import Example
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = ROOT / "conf"
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROMPT
+from helpers import PROMPT
 from PIL import Image
 
 from fedmm.config import composition, targets

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, gradients, rounds, run, served, some_examples, visiting
+from helpers import PROMPT, gradients, rounds, run, served, some_examples, visiting
 
 from fedmm import tree
 from fedmm.edge.encoder import CachedEncoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import gradients, run, served, visiting
+from helpers import gradients, run, served, visiting
 
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, SMALL, run, served, some_examples
 from flwr.app import Context, Message, RecordDict
+from helpers import DATA, ROOT, SMALL, run, served, some_examples
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +113,7 @@ CHAIN = "{_target_:fedmm.cli.main,argv:[compare,RECORDS,--into,FILE]}"  # each o
 )
 def test_an_order_names_only_targets_that_conf_lists_there(backbone, host, tmp_path, override):
     """Found in a review: functions of the package itself, chained, wrote a file at a site."""
-    records, file = Path(__file__).parents[1] / "docs" / "RULES.jsonl", tmp_path / "owned.md"
+    records, file = ROOT / "docs" / "RULES.jsonl", tmp_path / "owned.md"
     override = override.replace("RECORDS", str(records)).replace("FILE", str(file))
     sys.modules.pop("fedmm.bench.memory", None)
     reply = sent(order(host, [*asked(backbone), override, "label=os.system"]))

@@ -9,14 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from fedmm.flower import inprocess
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.messages import ask_who, read_who
 from fedmm.flower.server_app import plan
 from fedmm.runs import summary
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

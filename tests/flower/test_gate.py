@@ -5,35 +5,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import ssl
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import httpx
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric import x25519 as x25519_keys
+from fleet_keys import new_key, signed
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedmm.flower import gate
 
 PUSH, PULL = "/v1/fleet/push-object", "/v1/fleet/pull-object"
 MIB = 1 << 20
-
-
-def new_key() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP384R1())
-
-
-def signed(key, *, late: timedelta = timedelta(), signer=None) -> list[tuple[bytes, bytes]]:
-    """Flower's headers of a node with this key, whose clock is `late`."""
-    stamp = (datetime.now(UTC) - late).isoformat().encode()
-    public = public_key_to_bytes(key.public_key())
-    return [
-        (b"flwr-public-key", base64.b64encode(public)),
-        (b"flwr-signature", base64.b64encode(sign_message(signer or key, stamp))),
-        (b"flwr-timestamp", stamp),
-    ]
 
 
 class Door:

@@ -19,17 +19,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import DATA
+from fleet_keys import new_key, signed
 from flwr.proto.control_pb2 import ListRunsRequest, ListRunsResponse, StartRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
-from test_gate import new_key, signed
+from helpers import DATA, ROOT
 
 from fedmm.flower.gate import BODY_LIMIT_BYTES
 from fedmm.runs.folder import read_rows
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "scripts" / "deploy.sh"
 SLOW = 280  # seconds; the machine may be busy
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, SMALL, rounds, run, served, visiting
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from helpers import DATA, SMALL, rounds, run, served, visiting
 from omegaconf import OmegaConf
 from rich.console import Console
 

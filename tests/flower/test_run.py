@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
+from helpers import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
 
 from fedmm import tree
 from fedmm.config.composition import load, quoted

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import gradients, served, some_examples, visiting
+from helpers import gradients, served, some_examples, visiting
 
 from fedmm import seeds
 from fedmm.edge import frozen_modules

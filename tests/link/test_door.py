@@ -16,14 +16,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import gradients, rounds, run, served, visiting
+from helpers import ROOT, gradients, rounds, run, served, visiting
 
 from fedmm import tree
 from fedmm.link import tls
 from fedmm.link.remote import HostFull, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
 
-HOST = Path(__file__).with_name("door_host.py")
+HOST = ROOT / "tests" / "door_host.py"
 DESCRIPTORS = 256
 EARLY = 7  # a client that is there before the attack
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # of HTTP/2

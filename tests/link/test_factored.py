@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, gradients, served, some_examples, visiting
+from helpers import PROMPT, gradients, served, some_examples, visiting
 
 from fedmm import seeds
 from fedmm.codecs import Codecs

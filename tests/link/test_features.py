@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
-from conftest import PROMPT, rounds, run, some_examples
+from helpers import PROMPT, rounds, run, some_examples
 from PIL import Image
 
 from fedmm import codecs, tree
@@ -309,7 +309,7 @@ def test_an_encoder_is_built_once_a_run_and_bits_do_not_depend_on_what_was_there
 
 
 def test_another_backbone_finds_nothing_of_the_first(backbone, tmp_path, built):
-    from conftest import small_llava
+    from helpers import small_llava
 
     run(backbone, tmp_path / "one", "rounds=1")
     other = small_llava(tmp_path / "llava", seed=1, image_size=48)

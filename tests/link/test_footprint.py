@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import served, visiting
+from helpers import served, visiting
 
 from fedmm.bench import served as bench
 from fedmm.link.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes

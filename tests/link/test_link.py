@@ -12,7 +12,7 @@ from contextlib import suppress
 import grpc
 import pytest
 import torch
-from conftest import CountingProxy, gradients, served, visiting
+from helpers import CountingProxy, gradients, served, visiting
 
 from fedmm import tree
 from fedmm.edge import frozen_modules

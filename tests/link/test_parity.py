@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, gradients, served, small_llava, some_examples, visiting
+from helpers import PROMPT, gradients, served, small_llava, some_examples, visiting
 from torch import nn
 
 from fedmm import seeds

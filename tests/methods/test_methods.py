@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROMPT, some_examples
+from helpers import PROMPT, some_examples
 
 from fedmm import seeds, tree
 from fedmm.adapters.schema import fits

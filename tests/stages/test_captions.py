@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPT, small_llava, some_examples
+from helpers import PROMPT, small_llava, some_examples
 
 from fedmm.config.composition import compose, load, options
 from fedmm.config.targets import make

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROMPT, some_examples
+from helpers import PROMPT, some_examples
 
 from fedmm import seeds
 from fedmm.edge import frozen_modules

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPT, some_examples
+from helpers import PROMPT, some_examples
 from safetensors.torch import load_file
 
 from fedmm import seeds, tree

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, SMALL, rounds, run
+from helpers import DATA, SMALL, rounds, run
 
 from fedmm.config.derived import is_loopback
 from fedmm.runs import summary
