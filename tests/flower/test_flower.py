@@ -27,7 +27,7 @@ def asked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def in_one_process(asked, tmp_path_factory) -> Path:
-    return inprocess.run(plan([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"]))
+    return inprocess.run(plan([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"]), page=False)
 
 
 def by_script(name: str, asked: list[str], folder: Path) -> tuple[Path, str]:
@@ -52,7 +52,7 @@ def test_simulation_and_deployment_give_the_bits_of_one_process(asked, in_one_pr
 def test_the_whole_model_on_a_client_and_its_local_adapters_give_them_too(asked, tmp_path, script):
     """In a deployment each message is a process of its own, which must find the adapter that the last one left."""
     asked = [*asked, "arm=feddat_llm", "edge.rank=0"]
-    here = inprocess.run(plan([*asked, f"run.dir={tmp_path / 'here'}"]))
+    here = inprocess.run(plan([*asked, f"run.dir={tmp_path / 'here'}"]), page=False)
     path, _ = by_script(script, asked, tmp_path / "run")
     assert (path / "rounds.jsonl").read_text() == (here / "rounds.jsonl").read_text()
     assert summary.scores(path) == summary.scores(here), "personal accuracy, of shared and local adapters together"

@@ -339,7 +339,7 @@ def test_nothing_that_a_client_sent_acts_on_who_looks(backbone, tmp_path, monkey
     spoilers = {0: texts(ACTS), 1: lambda reply: Message(Error(2, ACTS), reply_to=reply)}
     spoil_replies(monkeypatch, spoilers, "train")
     spoil_replies(monkeypatch, spoilers, "evaluate")
-    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1")
+    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1", page=True)
     assert {row["said"] for row in read_rows(path / "predictions.jsonl") if row["client"] == 0} == {ACTS}
     html = (path / "report.html").read_text()
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;[bold]b[/bold]\\x1b]0;title") > 1, "in gallery and reasons"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fedmm import seeds, tree
 from fedmm.config import composition, targets
+from fedmm.config.composition import quoted
 from fedmm.edge import compact, frozen_modules
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.prepare import collate, encode, prepare
@@ -247,7 +248,7 @@ FORMS = {"classes": [], "llm": ["head=llm", "edge.rank=4"]}
 
 def run(folder: Path, *overrides: str) -> Path:
     several = [o for o in SMALL if not (o.startswith(("pretrain", "align")) and f"{o.split('.')[0]}=none" in overrides)]
-    return inprocess.run(plan([*several, *overrides, f"run.dir={folder}"]))
+    return inprocess.run(plan([*several, *overrides, quoted("run.dir", folder)]), page=False)
 
 
 def moved(path: Path) -> list[tuple]:
