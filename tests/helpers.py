@@ -135,13 +135,14 @@ def gradients(edge: NanoEdge) -> dict[str, torch.Tensor]:
     return found
 
 
-def run(backbone, folder: Path, *overrides: str) -> Path:
-    """A whole run in this process, small enough for a test."""
+def run(backbone, folder: Path, *overrides: str, page: bool = False) -> Path:
+    """A whole run in this process, small enough for a test; `page` writes its report too, which takes as long again."""
+    from fedmm.config.composition import quoted
     from fedmm.flower import inprocess
     from fedmm.flower.server_app import plan
 
-    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, f"run.dir={folder}"]
-    return inprocess.run(plan(asked))
+    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, quoted("run.dir", folder)]
+    return inprocess.run(plan(asked), page=page)
 
 
 def rounds(path: Path) -> list[dict]:

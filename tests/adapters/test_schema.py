@@ -119,6 +119,7 @@ def deltas(monkeypatch) -> dict[tuple[int, int], State]:
     return seen
 
 
+@pytest.mark.run
 def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, deltas):
     path = run(backbone, tmp_path / "run", "arm=ffa_lora", "optimizer.lr=0.05")
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.up", "text.up")}
@@ -142,6 +143,7 @@ def test_ffa_lora_sends_b_alone_and_keeps_the_common_a(backbone, tmp_path, delta
     torch.testing.assert_close(tuned.get_input_embeddings().weight, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.run
 def test_rolora_alternates_and_what_did_not_travel_stays(backbone, tmp_path, deltas, monkeypatch):
     monkeypatch.setattr("fedmm.runs.folder.KEPT_CHECKPOINTS", 3)
     path = run(backbone, tmp_path / "run", "arm=rolora", "rounds=3")
@@ -168,6 +170,7 @@ def began(monkeypatch) -> dict[tuple[int, int], State]:
     return seen
 
 
+@pytest.mark.run
 def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, deltas, began):
     path = run(backbone, tmp_path / "run", "arm=fedsa_lora", "rounds=3")
     run_id = json.loads((path / "environment.json").read_text())["run"]
@@ -185,6 +188,7 @@ def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, delt
         export(path, tmp_path / "no")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("arm", ["fedavg", "feddat"])
 def test_a_private_head_stays_at_its_client_from_round_to_round(backbone, tmp_path, deltas, began, arm):
     classes = ["head=classes", "compact=resnet8", "dataset.kinds=[colour]", "dataset.layouts=[one]"]
@@ -203,6 +207,7 @@ def test_a_private_head_stays_at_its_client_from_round_to_round(backbone, tmp_pa
     assert all(torch.equal(began[4, 0][name], tensor) for name, tensor in states(path)[-1].items())
 
 
+@pytest.mark.run
 def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_path, deltas):
     path = run(backbone, tmp_path / "run", "arm=feddpa", "rounds=4", "method.step.tune=2", "schedule=constant")
     plain = run(backbone, tmp_path / "plain", "arm=fedavg", "rounds=2", "schedule=constant")
@@ -293,6 +298,7 @@ def test_a_smaller_client_is_the_servers_cut(llava, local_llm, items):
     torch.testing.assert_close(large(batch)[0].dense(), small(batch)[0].dense(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.run
 def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, deltas):
     for arm in ("hetlora", "exact_lowrank"):
         path = run(backbone, tmp_path / arm, f"arm={arm}", "edge.ranks=[1,4,2]", "rounds=2")
@@ -304,6 +310,7 @@ def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, de
 # ---- arms ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.run
 def test_every_new_arm_runs_two_rounds(backbone, tmp_path):
     """Of rules over whole updates, in one run; those above have runs of their own."""
     rest = ["fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip"]

@@ -201,6 +201,7 @@ def _processor(folder):
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.run
 def test_flora_runs_clients_of_three_ranks_and_its_error_is_none(backbone, tmp_path):
     options = ["arm=flora", "edge.ranks=[1,4,2]", "compare=[exact_lowrank]"]
     path = run(backbone, tmp_path / "run", *options, "optimizer.lr=0.02")
@@ -216,6 +217,7 @@ def test_flora_runs_clients_of_three_ranks_and_its_error_is_none(backbone, tmp_p
     assert tree.digest(first) == tree.digest(safetensors.torch.load_file(next((again / "checkpoints").glob("*1.*"))))
 
 
+@pytest.mark.run
 def test_each_rule_tells_its_error_against_the_mean_of_products(backbone, tmp_path):
     path = run(backbone, tmp_path / "run", "arm=fedavg", "compare=[ffa_lora,rolora]", "rounds=3", "optimizer.lr=0.05")
     mean, ffa, rolora = (

@@ -117,6 +117,7 @@ def test_features_that_the_host_lost_are_sent_again(llava, edge, processor, loca
         assert torch.equal(Model(edge, llm).answer_loss(batch), before)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("arm", ["fednano", "feddat"])
 def test_a_client_without_images_abstains_from_their_adapter(backbone, tmp_path, monkeypatch, arm):
     """Client 1 has questions alone: it sends no image tensor, and the others' mean is not diluted by it."""

@@ -90,6 +90,7 @@ def test_no_pixel_is_in_any_frame_but_features_are(llava, edge, local_llm, items
     )
 
 
+@pytest.mark.run
 def test_with_the_llm_at_clients_no_step_leaves_them(backbone, tmp_path, frames):
     run(backbone, tmp_path / "run", "arm=fedavg_llm", "edge.rank=0", "rounds=1")
     verbs = {frame.verb for frame in frames}
@@ -98,6 +99,7 @@ def test_with_the_llm_at_clients_no_step_leaves_them(backbone, tmp_path, frames)
     )
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("sent", [True, False])
 def test_test_questions_truths_reach_the_servers_folder_unless_it_says_not_to(backbone, tmp_path, sent):
     """The setting is the server's: a site's own word is FEDMM_ALLOW_TEXTS."""

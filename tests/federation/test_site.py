@@ -244,6 +244,7 @@ def test_an_order_beyond_all_bounds_is_refused_at_once(backbone, host, override)
     assert messages.read_lost(reply) == reasons.told("settings", 1)
 
 
+@pytest.mark.run
 def test_an_order_cannot_have_what_a_client_keeps_sent(backbone, tmp_path, monkeypatch):
     """Found in a review: what one schema keeps, an order with another schema loaded into a set that travels."""
     here = run(backbone, tmp_path / "run", "arm=fedsa_lora", "rounds=1")

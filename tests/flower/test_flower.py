@@ -27,7 +27,7 @@ def asked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def in_one_process(asked, tmp_path_factory) -> Path:
-    return inprocess.run(plan([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"]))
+    return inprocess.run(plan([*asked, f"run.dir={tmp_path_factory.mktemp('runs') / 'here'}"]), page=False)
 
 
 def by_script(name: str, asked: list[str], folder: Path) -> tuple[Path, str]:
@@ -38,6 +38,7 @@ def by_script(name: str, asked: list[str], folder: Path) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("script", ["demo.sh", "loopback.sh"])
 def test_simulation_and_deployment_give_the_bits_of_one_process(asked, in_one_process, tmp_path, script):
     path, said = by_script(script, asked, tmp_path / "run")
@@ -48,22 +49,25 @@ def test_simulation_and_deployment_give_the_bits_of_one_process(asked, in_one_pr
     assert any("FedNano" in line for line in last[-8:]), "the table comes before it"
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("script", ["demo.sh", "loopback.sh"])
 def test_the_whole_model_on_a_client_and_its_local_adapters_give_them_too(asked, tmp_path, script):
     """In a deployment each message is a process of its own, which must find the adapter that the last one left."""
     asked = [*asked, "arm=feddat_llm", "edge.rank=0"]
-    here = inprocess.run(plan([*asked, f"run.dir={tmp_path / 'here'}"]))
+    here = inprocess.run(plan([*asked, f"run.dir={tmp_path / 'here'}"]), page=False)
     path, _ = by_script(script, asked, tmp_path / "run")
     assert (path / "rounds.jsonl").read_text() == (here / "rounds.jsonl").read_text()
     assert summary.scores(path) == summary.scores(here), "personal accuracy, of shared and local adapters together"
 
 
+@pytest.mark.deploy
 def test_a_run_that_fails_under_flower_fails_the_script(asked, tmp_path):
     """`flwr run --stream` ends with 0 all the same."""
     with pytest.raises(AssertionError, match="needs at least one example per client"):
         by_script("demo.sh", [*asked, "clients=70"], tmp_path / "run")
 
 
+@pytest.mark.deploy
 def test_the_bundle_holds_what_a_run_needs_and_fits(tmp_path):
     """Flower takes at most 10 MB; what is not in the bundle is not there on a SuperNode."""
     bundle = tmp_path / "fedmm.fab"

@@ -29,6 +29,7 @@ from helpers import DATA, ROOT
 from fedmm.flower.gate import BODY_LIMIT_BYTES
 from fedmm.runs.folder import read_rows
 
+pytestmark = pytest.mark.deploy
 DEPLOY = ROOT / "scripts" / "deploy.sh"
 SLOW = 280  # seconds; the machine may be busy
 

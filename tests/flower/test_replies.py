@@ -173,6 +173,7 @@ def test_what_was_not_asked_for_is_refused(cfg, claims):
     assert "metric 'loss'" in Report(0, 1, metrics={**measured, "loss": 1.0}).fault(order, cfg, claims)
 
 
+@pytest.mark.run
 def test_replies_that_are_no_reports_cost_their_clients_only(backbone, tmp_path, monkeypatch):
     """Their updates came over the link, so every bit of the round is the same."""
     honest = run(backbone, tmp_path / "honest", "arm=fedavg", "rounds=1")
@@ -186,6 +187,7 @@ def test_replies_that_are_no_reports_cost_their_clients_only(backbone, tmp_path,
         assert failed(path)[str(client)].startswith("its report cannot be read: ") and text in failed(path)[str(client)]
 
 
+@pytest.mark.run
 def test_a_reply_that_flower_cannot_put_together_costs_its_client_only(backbone, tmp_path, monkeypatch):
     """Flower makes a reply from a client's bytes in the call that fetches it, and tells which message it answers by
     them too."""
@@ -290,6 +292,7 @@ def lies(monkeypatch, lie):
     monkeypatch.setattr(client_side, "_send", sent)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("has_data", [True, False])
 def test_a_client_weighs_no_more_than_it_has(backbone, tmp_path, monkeypatch, has_data):
     lie = {(1, 0): 2**31 - 1, (2, 1): 13, (3, 1): 11}
@@ -335,11 +338,12 @@ def test_a_metric_of_an_update_has_a_plain_name(llava, edge, local_llm, name):
 # ---- what is shown of it
 
 
+@pytest.mark.run
 def test_nothing_that_a_client_sent_acts_on_who_looks(backbone, tmp_path, monkeypatch, capsys):
     spoilers = {0: texts(ACTS), 1: lambda reply: Message(Error(2, ACTS), reply_to=reply)}
     spoil_replies(monkeypatch, spoilers, "train")
     spoil_replies(monkeypatch, spoilers, "evaluate")
-    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1")
+    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1", page=True)
     assert {row["said"] for row in read_rows(path / "predictions.jsonl") if row["client"] == 0} == {ACTS}
     html = (path / "report.html").read_text()
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;[bold]b[/bold]\\x1b]0;title") > 1, "in gallery and reasons"

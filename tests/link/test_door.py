@@ -176,6 +176,7 @@ def attacked(llava_folder):
 KINDS = [knock, half_a_hello, handshake, settings]
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("client", range(len(KINDS)), ids=lambda client: KINDS[client].__name__)
 def test_connections_without_a_token_keep_no_client_out(attacked, edge, batch, client):
     """300 of them, at a host that may open 256 descriptors, all from one address, which clients share."""
@@ -189,6 +190,7 @@ def test_connections_without_a_token_keep_no_client_out(attacked, edge, batch, c
         assert early.call("card").verb == "card", "a session is not cut, however many stand at the port"
 
 
+@pytest.mark.deploy
 def test_a_flood_that_never_ends_keeps_no_client_out(attacked, edge, batch):
     """Each that the host cuts is followed by another."""
     wanted, over = gradients_of(attacked, edge, batch), threading.Event()
@@ -214,6 +216,7 @@ def test_a_flood_that_never_ends_keeps_no_client_out(attacked, edge, batch):
         thread.join()
 
 
+@pytest.mark.deploy
 def test_a_connection_without_a_token_is_cut(attacked):
     with ExitStack() as stack:
         opened = {kind.__name__: stack.enter_context(kind(attacked)) for kind in KINDS}
@@ -272,6 +275,7 @@ def test_credentials_are_checked_before_a_session_is_wanted(one_session):
             stranger.call("card")
 
 
+@pytest.mark.run
 def test_a_run_with_more_clients_than_sessions_loses_none_and_no_bit(backbone, tmp_path):
     five = ["clients=5", "rounds=1", "run.at_once=5", "dataset.train=60", "dataset.test=20"]
     few, many = (run(backbone, tmp_path / n, *five, f"link.sessions={n}") for n in ("2", "64"))
@@ -296,6 +300,7 @@ def limited(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", LIMITED, *args], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.deploy
 def test_a_run_that_may_not_open_enough_files_is_refused_before_it_starts(tmp_path):
     ended = limited("100", "200", "run.has_data=false", "clients=100", f"run.dir={tmp_path}")
     assert ended.returncode == 1 and not list(tmp_path.iterdir())
@@ -303,6 +308,7 @@ def test_a_run_that_may_not_open_enough_files_is_refused_before_it_starts(tmp_pa
     assert "run `ulimit -n 448` before it, or lower link.sessions" in ended.stderr
 
 
+@pytest.mark.deploy
 def test_a_run_raises_the_soft_limit_to_what_it_needs(tmp_path):
     ended = limited("100", "1000", "run.has_data=false", f"run.dir={tmp_path}")
     soft, hard, wanted = map(int, ended.stdout.split())

@@ -292,6 +292,7 @@ def by_clients(names) -> int:
     return sum(name.startswith("fedmm-client") for name in names)
 
 
+@pytest.mark.run
 def test_an_encoder_is_built_once_a_run_and_bits_do_not_depend_on_what_was_there(
     backbone, tmp_path, monkeypatch, built
 ):
@@ -308,6 +309,7 @@ def test_an_encoder_is_built_once_a_run_and_bits_do_not_depend_on_what_was_there
     assert rounds(run(backbone, tmp_path / "evicted")) == cold
 
 
+@pytest.mark.run
 def test_another_backbone_finds_nothing_of_the_first(backbone, tmp_path, built):
     from helpers import small_llava
 
@@ -318,12 +320,14 @@ def test_another_backbone_finds_nothing_of_the_first(backbone, tmp_path, built):
     assert len(list((machine_cache.home() / "features").iterdir())) == 2
 
 
+@pytest.mark.run
 def test_without_a_cache_pixels_are_encoded_in_every_step(backbone, tmp_path):
     kept = rounds(run(backbone, tmp_path / "kept", "rounds=1"))
     none = rounds(run(backbone, tmp_path / "none", "rounds=1", "edge.cache_disk_mb=0"))
     assert none[0]["loss"]["0"] == pytest.approx(kept[0]["loss"]["0"], rel=1e-5)
 
 
+@pytest.mark.run
 def test_lossy_features_go_through_a_whole_run(backbone, tmp_path):
     exact = run(backbone, tmp_path / "exact", "rounds=1")
     int8 = run(backbone, tmp_path / "int8", "rounds=1", "link.codec.features=int8")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fedmm import seeds, tree
 from fedmm.config import composition, targets
+from fedmm.config.composition import quoted
 from fedmm.edge import compact, frozen_modules
 from fedmm.edge.encoder import CachedEncoder, Encoder
 from fedmm.edge.prepare import collate, encode, prepare
@@ -110,6 +111,7 @@ def test_it_takes_over_the_teachers_mean_and_spread_and_comes_nearer(llava, mode
     assert taken[-1] < 0.7 * taken[0] and notes.noted[0] == 30
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("dies_at", [10, 20])
 def test_killed_pretraining_goes_on_from_its_note_with_the_same_bits(llava, model, looks, dies_at):
     settings = {"steps": 25, "batch_size": 4, "texts": 2, "note_every": 10}
@@ -247,7 +249,7 @@ FORMS = {"classes": [], "llm": ["head=llm", "edge.rank=4"]}
 
 def run(folder: Path, *overrides: str) -> Path:
     several = [o for o in SMALL if not (o.startswith(("pretrain", "align")) and f"{o.split('.')[0]}=none" in overrides)]
-    return inprocess.run(plan([*several, *overrides, f"run.dir={folder}"]))
+    return inprocess.run(plan([*several, *overrides, quoted("run.dir", folder)]), page=False)
 
 
 def moved(path: Path) -> list[tuple]:
@@ -257,6 +259,7 @@ def moved(path: Path) -> list[tuple]:
     return [tuple(row[key] for key in keys) for row in rows]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("form", FORMS)
 def test_clients_do_not_notice_the_stages(tmp_path, monkeypatch, form):
     """No message grows by a byte; the state differs from the plain run's, so the stages have done something.
@@ -288,6 +291,7 @@ def whole(tmp_path_factory) -> Path:
         return run(tmp_path_factory.mktemp("whole") / "run", "arm=mllmfl")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("dies_in", ["captions", "pretraining", "between its last note and the encoder", "alignment"])
 def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, dies_in):
     calls, write = [], _NotesAt.write
@@ -332,12 +336,14 @@ def test_answers_that_open_data_have_once_are_left_out_with_a_warning(caplog):
     assert "2 of 3 answers of open examples occur once and are not aligned on: ['five', 'one']" in caplog.text
 
 
+@pytest.mark.run
 def test_a_compact_network_is_not_exported_as_the_backbone_it_is_not(whole, tmp_path):
     with pytest.raises(ValueError, match=r"compact network of their own, which is no part of a Hugging Face LLaVA"):
         export(whole, tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
 
 
+@pytest.mark.run
 def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):
     asked = ["arm=fedavg_pretrained", "align=none", "rounds=1"]
     first = run(tmp_path / "first", *asked)
@@ -346,6 +352,7 @@ def test_another_run_finds_the_encoder_made(tmp_path, monkeypatch):
     assert (second / "rounds.jsonl").read_text() == (first / "rounds.jsonl").read_text()
 
 
+@pytest.mark.run
 def test_each_stage_has_its_override(tmp_path):
     """Off are the first, the third, and the second, where one alignment follows pretraining and no client trains."""
     not_pretrained = run(tmp_path / "1", "arm=mllmfl", "pretrain=none", "rounds=1")
@@ -367,6 +374,7 @@ def test_each_stage_has_its_override(tmp_path):
     assert not (no_clients / "rounds.jsonl").exists()
 
 
+@pytest.mark.run
 def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
     with pytest.raises(
         ValueError, match=r"fewer than two are of class 10; raise dataset.public .*, or set align.labels"
@@ -385,6 +393,7 @@ def test_a_class_without_open_images_is_told_before_anybody_trains(tmp_path):
     assert not (tmp_path / "none").exists() and not (tmp_path / "texts").exists(), "before anything starts"
 
 
+@pytest.mark.run
 def test_an_alignment_every_other_round_and_by_the_mllms_own_labels(tmp_path):
     path = run(
         tmp_path / "run",
@@ -399,6 +408,7 @@ def test_an_alignment_every_other_round_and_by_the_mllms_own_labels(tmp_path):
     assert [row["round"] for row in rows] == [0, 2] and 0.5 < rows[0]["zero_shot"] < 0.95
 
 
+@pytest.mark.run
 def test_creff_runs_and_pays_for_what_its_clients_tell(tmp_path):
     plain = run(tmp_path / "plain", "arm=fedavg", "pretrain=none", "align=none")
     path = run(tmp_path / "creff", "arm=creff", "pretrain=none", "align=none")

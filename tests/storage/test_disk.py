@@ -42,6 +42,7 @@ def whole(backbone, tmp_path_factory) -> Path:
     return run(backbone, tmp_path_factory.mktemp("whole") / "run", "arm=fedavg")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("place", "beyond"), [("journal/round_0002", 1), ("checkpoints/", 1)], ids=["journal", "checkpoint"]
 )
@@ -81,6 +82,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.deploy
 def test_the_command_line_names_the_folder_of_a_full_disk_and_the_knob(backbone, small_disk, tmp_path):
     done = command(backbone, small_disk / "run", tmp_path / "home")
     assert done.returncode == 1, done.stderr
@@ -88,6 +90,7 @@ def test_the_command_line_names_the_folder_of_a_full_disk_and_the_knob(backbone,
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.deploy
 @pytest.mark.parametrize("what", ["full", "a file", "read-only"])
 def test_a_home_that_takes_nothing_is_named_by_every_client(backbone, request, tmp_path, what):
     place = tmp_path / "a-file"
@@ -120,10 +123,11 @@ def test_rows_are_there_whole_or_not_at_all(small_disk):
     assert rows.endswith("}\n") and len(rows.splitlines()) == len(read_rows(small_disk / "run" / "scores.jsonl"))
 
 
+@pytest.mark.run
 def test_a_run_and_a_home_are_for_their_owner_alone(backbone, tmp_path):
     before = os.umask(0)
     try:
-        path = run(backbone, tmp_path / "new" / "run", "arm=feddat", "rounds=1", "compare=[fedavg]")
+        path = run(backbone, tmp_path / "new" / "run", "arm=feddat", "rounds=1", "compare=[fedavg]", page=True)
         machine_cache.write(tmp_path / "asked" / "table.md", b"", public=True)
     finally:
         os.umask(before)

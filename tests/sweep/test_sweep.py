@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from fedmm.cli import main
 from fedmm.config import composition
 from fedmm.results import intervals, table
@@ -22,6 +24,7 @@ ASKED = [
 TABLE = ("arm", "global accuracy %", "own test %", "worst client %", "own - local", "LLM samples", "seeds")
 
 
+@pytest.mark.deploy
 def test_a_killed_sweep_goes_on_and_its_table_is_the_same(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sweep_to_its_end(whole)
