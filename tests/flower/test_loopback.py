@@ -1,4 +1,4 @@
-"""The README's deployment, run by its script and attacked by a stranger who has nothing but the public ca.crt."""
+"""The deployment of docs/DEPLOYMENT.md, run by its script and attacked by a stranger who has only the public ca.crt."""
 
 from __future__ import annotations
 
