@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
 from fedmm.data import glyphs, scene_plans, scenes
 from fedmm.llm import packing
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "fedmm" / "assets" / "tiny_llava"
 CLIENT_WORDS = [word for words in scene_plans.VOCABULARIES.values() for word in words.values()]
 
