@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import runpy
-from pathlib import Path
 
+import pytest
+from helpers import ROOT
 from test_floors import floor_of, imports_of
 
 from fedmm import tree
@@ -14,11 +15,12 @@ from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.runs.folder import latest_checkpoint, read_rows
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "fedavg_by_hand.py"
+EXAMPLE = ROOT / "examples" / "fedavg_by_hand.py"
 SMALL = ["rounds=2", "clients=3", "clients_per_round=2", "batch_size=8", "dataset.train=36"]
 SCORED_LITTLE = ["dataset.validation=24", "dataset.test=24", "evaluate.every=0", "evaluate.max_tokens=1"]
 
 
+@pytest.mark.run
 def test_fedavg_by_hand_is_the_products_bit_for_bit(tmp_path):
     federation = runpy.run_path(str(EXAMPLE))["federation"]
     by_hand = list(federation(scenes(train=36)["train"], rounds=2, clients=3, per_round=2, batch_size=8))
