@@ -265,6 +265,19 @@ def test_a_body_over_the_limit_is_refused(fleet):
             assert client.post(url, content=content, headers=signed(new_key())).status_code == 413
 
 
+def test_headers_without_end_fill_no_memory(fleet):
+    """Found in a review: 700 MB of headers from one connection, read before anything asks for a signature."""
+    context = ssl.create_default_context(cafile=str(fleet.keys / "ca.crt"))
+    with (
+        socket.create_connection(("127.0.0.1", fleet.door), 30) as raw,
+        context.wrap_socket(raw, server_hostname="127.0.0.1") as stranger,
+    ):
+        stranger.sendall(b"POST /v1/fleet/pull-object HTTP/1.1\r\n")
+        with pytest.raises(OSError):
+            for number in range(1024):
+                stranger.sendall(b"h%d: %s\r\n" % (number, b"x" * 65_000))
+
+
 def test_connections_that_say_nothing_keep_no_client_out(tmp_path):
     """The gate may open 128 files at first; 300 connections come, none of which begins its handshake."""
     part(tmp_path, "server-keys", tmp_path / "keys")

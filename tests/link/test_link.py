@@ -477,6 +477,37 @@ def test_a_host_that_is_silent_is_named_within_the_deadline():
                 session.call("card")
 
 
+def test_a_host_that_sends_without_being_asked_fills_no_memory_of_a_client():
+    """gRPC holds a few MB until they are read; a client reads one frame for each that it sent."""
+    sent: list[bytes] = []
+
+    def endless(chunks, context):
+        yield from wire.encode(wire.Frame("open"))
+        yield from wire.encode(wire.Frame("card"))
+        for chunk in list(wire.encode(wire.Frame("echo", {}, {"x": torch.zeros(1 << 20)}))) * 100:
+            sent.append(chunk)
+            yield chunk
+
+    server = grpc.server(ThreadPoolExecutor(1), options=wire.GRPC_OPTIONS)
+    service, method = wire.METHOD.strip("/").split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(endless)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Session(f"127.0.0.1:{port}", client=0, round=1, token="x", deadline_seconds=10.0) as session:
+            assert session.call("card").verb == "card"
+            before = -1
+            while len(sent) > before:  # until it goes on no more
+                before = len(sent)
+                time.sleep(1.0)
+            assert len(sent) < 200, "of 500 chunks of 1 MiB"
+            with pytest.raises(HostGone, match="answered 'echo' to 'card'"):
+                session.call("card")
+    finally:
+        server.stop(None).wait()
+
+
 def test_the_end_of_a_round_cuts_its_sessions(link):
     host, _ = link
     with visiting(host) as session:
