@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
+from helpers import DATA, PROMPT, SMALL, CountingProxy, in_tiers, rounds, run, some_examples
 
 from fedmm import tree
 from fedmm.config.composition import load
@@ -266,8 +266,7 @@ def test_a_run_killed_inside_a_round_ends_with_the_same_table(backbone, tmp_path
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("where", ["server", "client"])
-@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize(("where", "every"), [("server", 0), ("client", 1)])
 def test_a_run_killed_between_an_update_and_its_report_counts_both_once(backbone, tmp_path, monkeypatch, where, every):
     options = ["arm=fedavg", f"llm.where={where}", f"evaluate.every={every}"]
     whole = run(backbone, tmp_path / "whole", *options)
@@ -394,29 +393,31 @@ def test_a_client_that_says_nothing_is_not_passed_over(backbone, tmp_path, monke
     assert rounds(path)[0]["lost"] == {"1": "reported, but sent no update"}
 
 
-@pytest.mark.run
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"scores": {0: (999, 1)}}, "scores part 0 with 999 of 1"),
-        ({"scores": {2: (1, 2)}}, "scores part 2"),
-        ({"scores": {0: ("a", 1)}}, "cannot be read"),
-        ({"answers": [(2, Answer("x", "a", "b"))]}, "has answers of part 2"),
-        ({"metrics": {"loss": float("nan")}}, "not finite"),
-        ({"round": 7}, "round 7"),
-    ],
+LIES = (
+    ({"scores": {0: (999, 1)}}, "scores part 0 with 999 of 1"),
+    ({"scores": {2: (1, 2)}}, "scores part 2"),
+    ({"scores": {0: ("a", 1)}}, "cannot be read"),
+    ({"answers": [(2, Answer("x", "a", "b"))]}, "has answers of part 2"),
+    ({"metrics": {"loss": float("nan")}}, "not finite"),
+    ({"round": 70}, "round 70"),
 )
-def test_a_report_that_cannot_be_is_not_believed(backbone, tmp_path, monkeypatch, changes, says):
+
+
+@pytest.mark.run
+def test_a_report_that_cannot_be_is_not_believed(backbone, tmp_path, monkeypatch):
+    """One lie in each round."""
     honest = client_side.take_part
 
     def lying(order):
         report = honest(order)
-        return replace(report, **changes) if order.client == 0 and order.train else report
+        return replace(report, **LIES[order.round - 1][0]) if order.client == 0 and order.train else report
 
     monkeypatch.setattr("fedmm.flower.client_app.take_part", lying)
-    path = run(backbone, tmp_path / "run", "arm=fedavg", "rounds=1")
-    assert says in next(e for e in read_rows(path / "events.jsonl") if e["event"] == "round")["failed"]["0"]
-    assert summary.scores(path)[1]["global"] is not None
+    path = run(backbone, tmp_path / "run", "arm=fedavg", f"rounds={len(LIES)}", "evaluate.every=1")
+    failed = {row["round"]: row["failed"] for row in read_rows(path / "events.jsonl") if row["event"] == "round"}
+    for round, (_, says) in enumerate(LIES, start=1):
+        assert says in failed[round]["0"]
+    assert summary.scores(path)[len(LIES)]["global"] is not None
 
 
 def poison(monkeypatch, clients):
@@ -715,8 +716,7 @@ def test_a_client_whose_backbone_is_another_is_told(backbone, tmp_path, monkeypa
         run(backbone, tmp_path / "run", "llm.where=client", "rounds=1")
 
 
-@pytest.mark.run
-@pytest.mark.parametrize("arm", ["fedavg", "fedprox", "fednano", "fednano_ef", "local", "centralised"])
+@pytest.mark.parametrize("arm", in_tiers(["fedavg", "fednano_ef"], ["fedprox", "fednano", "local", "centralised"]))
 def test_every_arm_trains_inside_the_llm_too(backbone, tmp_path, arm):
     inside = ["llm.where=client", "inner=lora", "edge.rank=0", "rounds=3", "schedule=constant", "optimizer.lr=0.02"]
     path = run(backbone, tmp_path / "run", f"arm={arm}", *inside)

@@ -41,13 +41,13 @@ def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
 
 
 def test_settings_that_make_other_data_name_the_data(tmp_path):
-    made = plan.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
+    made = plan.jobs(tmp_path, ["arm=fedavg", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
     cfgs = [composition.compose(job.overrides) for job in made]
-    assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
+    assert {cfg.label for cfg in cfgs} == {f"FedAvg, edge.rank={r}" for r in (4, 8)}
     assert {cfg.data for cfg in cfgs} == {
         f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
     }
-    other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
+    other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg"])
     assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
     (one,) = plan.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
     assert composition.compose(one.overrides).data == "mine"
