@@ -206,8 +206,8 @@ def plan_scenes(
     if even:
         if most.max() > 1:
             raise ValueError(
-                f"dataset.even=true deals out single digits, but scenes have up to {most.max()}; set dataset.layouts "
-                "(dataset.public_layouts) to [one], or dataset.even=false"
+                f"dataset.even=true needs scenes of one digit, but these have up to {most.max()}; set dataset.layouts "
+                "and dataset.public_layouts to [one], or set dataset.even=false"
             )
         keys[np.arange(count), rng.permutation(count) % 10] = -1  # comes first, which is the one that is shown
     digits = keys.argsort(1)[:, :slots]
@@ -239,8 +239,8 @@ def _deck(layouts: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]
     if silent := [name for name in layouts if not asked[name]]:
         able = ", ".join(LAYOUTS[silent[0]].digits)
         raise ValueError(
-            f"dataset.layouts has {silent[0]}, which can be asked {able}, but dataset.kinds has {', '.join(kinds)}; "
-            "add a kind or leave the layout out"
+            f"dataset.layouts has {silent[0]}, whose questions are of the kinds {able}, but dataset.kinds has "
+            f"{', '.join(kinds)}; add one of its kinds, or leave this layout out"
         )
     turns = math.lcm(*map(len, asked.values()))
     return [(name, own[turn % len(own)]) for turn in range(turns) for name, own in asked.items()]

@@ -222,7 +222,8 @@ def test_unknown_names_are_named():
     with pytest.raises(ValueError, match=r"dataset.layouts has nothing"):
         scenes.scenes(train=5, layouts=())
     with pytest.raises(
-        ValueError, match=r"has one, which can be asked colour, name, verify, but dataset.kinds has sum; add a"
+        ValueError,
+        match=r"has one, whose questions are of the kinds colour, name, verify, but dataset.kinds has sum; add",
     ):
         scenes.scenes(train=5, layouts=("two", "one"), kinds=("sum",))
 
@@ -470,10 +471,13 @@ def test_by_label_gives_one_value_a_client_doubles_up_and_where_asked_goes_round
 
 def test_more_clients_than_values_are_refused_with_the_knobs():
     """One value for several clients would be iid under another name."""
-    says = r"partition.by=kind finds 2 values in the dataset \(a, b\) for clients=3; lower clients, take .*share=true"
+    says = r"partition.by=kind gives each client one value, but the dataset has 2 \(a, b\) for clients=3"
     with pytest.raises(ValueError, match=says):
         partition.by_label(many({"a": 9, "b": 9}), 3, seeded(), by="kind")
-    with pytest.raises(ValueError, match=r"partition.by=style finds 1 values in the dataset \(turku\) for clients=2"):
+    with pytest.raises(
+        ValueError,
+        match=r"partition.by=style gives each client one value, but the dataset has 1 \(turku\) for clients=2",
+    ):
         partition.by_label(scenes.scenes(train=9, validation=0, test=0)["train"], 2, seeded())
 
 
@@ -517,12 +521,14 @@ def test_a_balanced_test_split_beside_a_long_tail_follows_the_same_law():
 
 def test_too_few_examples_are_reported_with_the_knob():
     few = many({"a": 3})
-    enough = "partition=iid needs at least one example per client: 3 examples, clients=5.*or raise dataset.train"
+    enough = (
+        "partition=iid needs at least one example per client, but with 3 examples and clients=5.*or raise dataset.train"
+    )
     with pytest.raises(ValueError, match=enough):
         partition.iid(few, 5, seeded())
     with pytest.raises(ValueError, match="partition=by_label needs at least one example per client"):
         partition.by_label(few, 5, seeded(), by="kind", share=True)
-    with pytest.raises(ValueError, match="wants 8 examples for each of clients=5, but there are 3"):
+    with pytest.raises(ValueError, match="needs 8 examples for each of 5 clients, but the dataset has 3"):
         partition.dirichlet(few, 5, seeded())
     with pytest.raises(ValueError, match=r"groups by 'style', but example train/0 has only kind; set partition.by"):
         partition.by_label(few, 2, seeded(), by="style")
@@ -578,15 +584,17 @@ def test_which_ones_stay_is_the_seeds_and_a_longer_tail_keeps_some_of_the_same()
 
 
 def test_a_tail_that_cannot_be_is_refused_with_the_knob():
-    says = r"leaves none of kind '10' in train: 5 of the head over imbalance=9 is less than one; lower dataset.imbal"
+    says = (
+        r"leaves no example with kind '10' in train: the commonest value has 5, .* less than one; lower dataset.imbal"
+    )
     with pytest.raises(ValueError, match=says):
         tailed({"10": 9, "2": 30, "0": 80}, imbalance=9, largest=5)
-    says = r"wants 26 of kind '2' in train, which has 20; lower dataset.largest=80 or set it to null for 9"
+    says = r"needs 26 examples with kind '2' in train, but there are 20; lower dataset.largest=80, set it to null"
     with pytest.raises(ValueError, match=says):
         tailed({"10": 9, "2": 20, "0": 80}, imbalance=9, largest=80)
     with pytest.raises(ValueError, match=r"imbalance=0.5, .*set dataset.imbalance to 1 or more"):
         tailed({"0": 9}, imbalance=0.5)
-    with pytest.raises(ValueError, match=r"largest=0 and 9 examples.*dataset.largest to 1 or more or null"):
+    with pytest.raises(ValueError, match=r"largest=0 and 9 examples.*dataset.largest to null or to 1 or more"):
         tailed({"0": 9}, imbalance=2, largest=0)
     with pytest.raises(ValueError, match=r"long_tail groups by 'class', but .* has only kind; set dataset.by to"):
         long_tail(of=lambda: {"train": many({"0": 9})}, imbalance=2)
@@ -615,7 +623,7 @@ def test_digits_in_even_shares_are_digits_the_question_is_about():
     for split, each in (("train", 20), ("test", 10), ("public", 5)):
         assert Counter(e.answer for e in made[split]) == {str(digit): each for digit in range(10)}
         assert all(e.labels["digit"] == e.answer and e.labels["layout"] == "one" for e in made[split])
-    with pytest.raises(ValueError, match=r"dataset.even=true deals out single digits, but scenes have up to 3; set"):
+    with pytest.raises(ValueError, match=r"dataset.even=true needs scenes of one digit, but these have up to 3; set"):
         scenes.scenes(train=5, even=True)
 
 

@@ -75,9 +75,9 @@ def test_a_figure_of_fewer_seeds_than_its_row_says_so(runs, tmp_path):
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match=r"FedAvg with seed 0 again.*give each seed once"):
+    with pytest.raises(ValueError, match=r"both have FedAvg with seed 0; give each seed once"):
         rows_of([*runs, write_arm(tmp_path / "again", "FedAvg", 0, {"0": 0.5})])
-    with pytest.raises(ValueError, match=r"differ in rounds: 8 and 9; set label"):
+    with pytest.raises(ValueError, match=r"differ in rounds: 8 and 9; give one of them another label"):
         rows_of([*runs, write_arm(tmp_path / "longer", "FedAvg", 7, {"0": 0.5}, rounds=9)])
 
 
@@ -126,7 +126,7 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
     write_arm(tmp_path / "third", "X", 0, {"0": 0.5})
     assert main(["compare", *map(str, runs), str(tmp_path / "third"), "--against", "FedDAT"]) == 2
-    assert "there are" in capsys.readouterr().err
+    assert "none of these arms" in capsys.readouterr().err
 
 
 def test_records_go_where_they_are_asked_to(runs, tmp_path, capsys):
@@ -182,14 +182,16 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
         assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0 ¹"
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
     assert intervals.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
-    with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
+    with pytest.raises(ValueError, match="'FedAvg' is none of these arms"):
         intervals.against(["FedAvg, plateau", "local"], "FedAvg")
 
 
 def test_arms_of_other_data_do_not_stand_side_by_side(tmp_path):
     test = [write_arm(tmp_path / "a", "FedAvg", 0, {"0": 0.5})]
     tuning = write_arm(tmp_path / "b", "FedDAT", 0, {"0": 0.6}, split="validation")
-    with pytest.raises(ValueError, match=r"FedAvg and FedDAT are both on domain and differ in evaluate.split: 'test'"):
+    with pytest.raises(
+        ValueError, match=r"FedAvg and FedDAT have the same data=domain but differ in evaluate.split: 'test'"
+    ):
         rows_of([*test, tuning])
     swept = write_arm(tmp_path / "c", "FedDAT, evaluate.split=validation", 0, {"0": 0.6}, split="validation")
     rows = rows_of([*test, swept])
@@ -272,5 +274,5 @@ def test_a_row_is_set_against_itself_with_another_value_of_a_setting(tmp_path):
         shown = [cell(rows, f"{label}, fault={end}", "own - fault=none", "fault=none") for end in ends]
         assert shown == ["–", f"-{10.0 * times} ¹", f"-{30.0 * times} ¹"]
     assert cell(rows, "local", "own - fault=none", "fault=none") == "–"
-    with pytest.raises(ValueError, match="'fault=nan' is no arm here"):
+    with pytest.raises(ValueError, match="'fault=nan' is none of these arms"):
         intervals.against([row.label for row in rows], "fault=nan")
