@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     compare.add_argument(
         "--into", type=Path, help="a markdown file to write the table to; beside it a picture and a file of records"
     )
+    compare.add_argument("--records", type=Path, help="where the file of records goes; default: beside --into's page")
     compare.add_argument("--against", help=AGAINST)
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
@@ -80,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             what = sweeps if args.dir.exists() else "not there yet; waiting for it"
             print(f"{args.dir} is {what}", file=sys.stderr)
         until = (lambda: not _alive(args.pid)) if args.pid else None
-        return show(args.dir, until=until, stall_seconds=args.stall)
+        try:
+            return show(args.dir, until=until, stall_seconds=args.stall)
+        except KeyboardInterrupt:
+            return 130
     if args.command == "export":
         return _export(args.dir, args.folder)
     if args.command == "bench":
@@ -151,11 +155,13 @@ def _compare(args: argparse.Namespace, typed: str) -> int:
     from fedmm.sweep import results
 
     try:
+        if args.records and not args.into:
+            raise ValueError(f"--records {args.records} needs a page: give --into FILE.md too")
         found = records.load(args.paths)
         rows = intervals.rows(found.runs)
         print(table.markdown(rows, table.columns(args.against, rows)))
         if args.into:
-            print(results.write(args.into, found, args.against, typed))
+            print(results.write(args.into, found, args.against, typed, records_to=args.records))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

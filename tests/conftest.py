@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from finished import write_arm
-from helpers import PROMPT, small_llava, some_examples
+from helpers import PROMPT, run, small_llava, some_examples
 
 from fedmm import seeds
 from fedmm.edge import frozen_modules
@@ -72,6 +74,19 @@ def backbone(tmp_path_factory) -> list[str]:
         "llm.device=cpu",
         r'llm.prompt="<image> {question}"',
     ]
+
+
+@pytest.fixture(scope="session")
+def finished(backbone, tmp_path_factory) -> Callable[..., Path]:
+    """A whole run of some overrides, made once and only to be read; its home is its own."""
+
+    @functools.cache
+    def made(*overrides: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEDMM_HOME", str(tmp_path_factory.mktemp("home")))
+            return run(backbone, tmp_path_factory.mktemp("finished") / "run", *overrides)
+
+    return made
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -143,6 +144,12 @@ def run(backbone, folder: Path, *overrides: str, page: bool = False) -> Path:
 
     asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, quoted("run.dir", folder)]
     return inprocess.run(plan(asked), page=page)
+
+
+def in_tiers(run: Sequence[object], nightly: Sequence[object]) -> list:
+    """Parameters of whole runs: some for each change, the others at night."""
+    marked = [(value, pytest.mark.run) for value in run] + [(value, pytest.mark.nightly) for value in nightly]
+    return [pytest.param(value, marks=mark) for value, mark in marked]
 
 
 def rounds(path: Path) -> list[dict]:

@@ -24,6 +24,7 @@ def printed(name, capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", [name for name in BENCHES if importlib.util.find_spec(f"fedmm.bench.{name}")])
 def test_a_bench_prints_a_line_for_each_case_and_keeps_what_is_exact(name, capsys):
     lines = printed(name, capsys)

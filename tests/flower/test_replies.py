@@ -174,9 +174,9 @@ def test_what_was_not_asked_for_is_refused(cfg, claims):
 
 
 @pytest.mark.run
-def test_replies_that_are_no_reports_cost_their_clients_only(backbone, tmp_path, monkeypatch):
+def test_replies_that_are_no_reports_cost_their_clients_only(backbone, finished, tmp_path, monkeypatch):
     """Their updates came over the link, so every bit of the round is the same."""
-    honest = run(backbone, tmp_path / "honest", "arm=fedavg", "rounds=1")
+    honest = finished("arm=fedavg", "rounds=1")
     spoil_replies(
         monkeypatch, {0: put("scores", json=DEEP, parts=DEEP), 1: texts(HALF), 2: answers(50_000, "y" * 4000)}
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from finished import page, rows_of, write_arm
 from omegaconf import OmegaConf
@@ -9,6 +12,8 @@ from omegaconf import OmegaConf
 from fedmm.cli import main
 from fedmm.config import composition
 from fedmm.results import intervals, plots, table
+
+RECORDS = Path(__file__).resolve().parents[1] / "docs" / "records"
 
 
 def cell(rows: list[intervals.Row], label: str, heading: str, against: str = "FedAvg") -> str:
@@ -114,7 +119,7 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     assert "| FedAvg |" in capsys.readouterr().out
     assert "![accuracy" in into.read_text() and into.with_suffix(".png").exists()
     assert main(["compare", *map(str, runs[:-1]), "--into", str(into)]) == 2
-    assert "1 of them, as ('domain', 'local', 2); name it among" in capsys.readouterr().err
+    assert "has 1 runs or searches that would be lost, such as ('domain', 'local', 2); add" in capsys.readouterr().err
     assert main(["compare", *map(str, runs[:-1]), str(into.with_suffix(".jsonl")), "--into", str(into)]) == 0
     assert main(["compare", *map(str, runs), "--into", str(runs[0] / "summary.json" / "page.md")]) == 1
     assert main(["compare", str(tmp_path)]) == 2
@@ -122,6 +127,31 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     write_arm(tmp_path / "third", "X", 0, {"0": 0.5})
     assert main(["compare", *map(str, runs), str(tmp_path / "third"), "--against", "FedDAT"]) == 2
     assert "there are" in capsys.readouterr().err
+
+
+def test_records_go_where_they_are_asked_to(runs, tmp_path, capsys):
+    page_file, records_file = tmp_path / "page.md", tmp_path / "records" / "page.jsonl"
+    records_file.parent.mkdir()
+    compare = ["compare", *map(str, runs), "--into", str(page_file)]
+    assert main([*compare, "--records", str(records_file)]) == 0
+    assert "[page.jsonl](records/page.jsonl)" in page_file.read_text()
+    assert records_file.exists() and not page_file.with_suffix(".jsonl").exists()
+    assert main(["compare", *map(str, runs[:-1]), "--into", str(page_file), "--records", str(records_file)]) == 2
+    assert f"add {records_file} to" in capsys.readouterr().err
+    assert main([*compare, "--records", str(tmp_path / "page.txt")]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert main(["compare", *map(str, runs), "--records", str(records_file)]) == 2
+    assert "needs a page: give --into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDS.glob("*.jsonl")))
+def test_a_published_page_shows_what_its_records_say(name):
+    """The table of docs/NAME.md, computed again from docs/records/NAME.jsonl."""
+    published = (RECORDS.parent / f"{name}.md").read_text()
+    against = re.search(r"--against ('[^']*'|\S+)", published.splitlines()[2])
+    rows = rows_of([RECORDS / f"{name}.jsonl"])
+    assert f"[{name}.jsonl](records/{name}.jsonl)" in published
+    assert table.markdown(rows, table.columns(against and against[1].strip("'"), rows)) in published
 
 
 def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):

@@ -111,7 +111,6 @@ def test_it_takes_over_the_teachers_mean_and_spread_and_comes_nearer(llava, mode
     assert taken[-1] < 0.7 * taken[0] and notes.noted[0] == 30
 
 
-@pytest.mark.run
 @pytest.mark.parametrize("dies_at", [10, 20])
 def test_killed_pretraining_goes_on_from_its_note_with_the_same_bits(llava, model, looks, dies_at):
     settings = {"steps": 25, "batch_size": 4, "texts": 2, "note_every": 10}

@@ -37,18 +37,14 @@ class Full:
         monkeypatch.setattr(os, "fsync", sync)
 
 
-@pytest.fixture(scope="module")
-def whole(backbone, tmp_path_factory) -> Path:
-    return run(backbone, tmp_path_factory.mktemp("whole") / "run", "arm=fedavg")
-
-
 @pytest.mark.run
 @pytest.mark.parametrize(
     ("place", "beyond"), [("journal/round_0002", 1), ("checkpoints/", 1)], ids=["journal", "checkpoint"]
 )
 def test_a_disk_that_is_full_in_round_two_ends_the_run_and_it_goes_on(
-    backbone, whole, tmp_path, monkeypatch, place, beyond
+    backbone, finished, tmp_path, monkeypatch, place, beyond
 ):
+    whole = finished("arm=fedavg")
     disk_full = Full(monkeypatch, place, beyond)
     with pytest.raises(FedmmError, match=r"run/.*No space left.*run\.dir"):
         run(backbone, tmp_path / "run", "arm=fedavg")

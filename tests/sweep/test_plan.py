@@ -41,13 +41,13 @@ def test_every_combination_is_a_run_with_a_label_of_its_own(tmp_path):
 
 
 def test_settings_that_make_other_data_name_the_data(tmp_path):
-    made = plan.jobs(tmp_path, ["arm=fedavg,local", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
+    made = plan.jobs(tmp_path, ["arm=fedavg", "dataset.train=100,200", "clients=2,3", "edge.rank=4,8"])
     cfgs = [composition.compose(job.overrides) for job in made]
-    assert {cfg.label for cfg in cfgs} == {f"{arm}, edge.rank={r}" for arm in ("FedAvg", "local") for r in (4, 8)}
+    assert {cfg.label for cfg in cfgs} == {f"FedAvg, edge.rank={r}" for r in (4, 8)}
     assert {cfg.data for cfg in cfgs} == {
         f"dirichlet, clients={clients}, dataset.train={train}" for train in (100, 200) for clients in (2, 3)
     }
-    other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg,local"])
+    other = plan.jobs(tmp_path, ["edge.rank=4,8", "clients=2,3", "dataset.train=100,200", "arm=fedavg"])
     assert {job.path for job in other} == {job.path for job in made}, "in whatever order it was asked"
     (one,) = plan.jobs(tmp_path, ["dataset.train=100,200", "data=mine", "label=x", "arm=fedavg"])[:1]
     assert composition.compose(one.overrides).data == "mine"
@@ -82,6 +82,7 @@ def test_every_scenario_can_be_searched(tmp_path, scenario):
         assert not list(composition.check(composition.compose(job.overrides)))
 
 
+@pytest.mark.run
 def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
     from fedmm.flower import server_app
 
@@ -92,6 +93,7 @@ def test_mistakes_of_all_runs_are_told_before_any_starts(tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
 
 
+@pytest.mark.run
 def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypatch):
     """The others are done, and the same command goes on with what is missing."""
 
@@ -126,6 +128,7 @@ def test_what_a_killed_sweep_left_running_is_waited_for(tmp_path):
     assert left.wait() == 0 and job.log.read_text() == ""
 
 
+@pytest.mark.run
 def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
     """Its runs hold the chosen value, which the command does not say: no reason to refuse them."""
     from fedmm.flower import server_app
@@ -154,6 +157,7 @@ def test_a_tuned_sweep_goes_on_with_what_it_chose(tmp_path, monkeypatch):
         runner.run(asked[0], [*asked[1], "rounds=3"], asked[2], at_once=1, check=server_app.plan, say=print)
 
 
+@pytest.mark.run
 def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     """Accuracy rises with the rate for fedavg, without end, and falls for local; fedprox has its best in the middle."""
 
@@ -176,6 +180,7 @@ def test_a_search_goes_on_past_an_end_that_is_best(tmp_path, monkeypatch):
     assert plan.further({"a": 0, "c": 0, "b": 1}, 5) is None and plan.further({"0": 0, "1": 0, "2": 1}, 5) is None
 
 
+@pytest.mark.run
 def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatch):
     """Each scenario by itself would take another; what is known of one is not tried again."""
     right = {"domain": (0.5, 0.6, 0.8), "function": (0.5, 0.6, 0.1)}
@@ -230,6 +235,7 @@ def ran(monkeypatch) -> list[str]:
     return told
 
 
+@pytest.mark.run
 def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
     """A sweep in a new folder, given the records of an earlier one, runs what they lack, and its page is the same as if
     it had run it all."""
@@ -254,6 +260,7 @@ def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
     assert not ran and len(records.load([tmp_path / "again"]).runs) == 4
 
 
+@pytest.mark.run
 def test_another_search_or_budget_is_not_known(tmp_path, ran):
     how = {"at_once": 1, "check": lambda _: None}
     said: list[str] = []
@@ -271,6 +278,7 @@ def test_another_search_or_budget_is_not_known(tmp_path, ran):
     assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
 
 
+@pytest.mark.run
 def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeypatch):
     """Others run, and those of the former value leave the table, other seeds' too; where it is chosen again they are
     done. What differs in more than the value is refused."""
@@ -307,6 +315,7 @@ def test_a_scenario_that_comes_later_may_change_what_is_chosen(tmp_path, monkeyp
         runner.run(tmp_path, [*both, "rounds=3"], search, **how)
 
 
+@pytest.mark.run
 def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
     """Half an epoch is none, and a momentum above 1 the rule refuses: the sweep goes on with what there is."""
     assert plan.further({"1": 0.9, "2": 0.5, "4": 0.1}, 5) is None
@@ -321,6 +330,7 @@ def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
     assert [choice.chosen for choice in made.choices] == ["0.009"] and ran[-1] == "FedAvg 0.009 0"
 
 
+@pytest.mark.run
 def test_what_is_searched_cannot_be_given_too(tmp_path):
     search = plan.search("optimizer.lr=1e-3,3e-3")
     for given in ("optimizer.lr=1e-3,3e-3", "++optimizer.lr=5e-3"):
@@ -328,6 +338,7 @@ def test_what_is_searched_cannot_be_given_too(tmp_path):
             runner.run(tmp_path, ["arm=fedavg", given], search, at_once=1, check=lambda _: None, say=print)
 
 
+@pytest.mark.run
 def test_a_sweep_keeps_what_it_was_given_through_its_later_parts(tmp_path, ran):
     how = {"at_once": 1, "check": lambda _: None, "say": print}
     known = runner.run(tmp_path / "first", ["arm=fedavg,fedprox"], None, **how)
@@ -344,6 +355,7 @@ def test_data_are_called_by_what_chose_them():
     assert composition.compose(["partition=iid", "data=mine"]).data == "mine"
 
 
+@pytest.mark.run
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
     with pytest.raises(settings.ConfigError, match="no compare"):
         plan.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
@@ -351,6 +363,7 @@ def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
         runner.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)
 
 
+@pytest.mark.run
 def test_a_search_ends_before_a_value_whose_run_fails(tmp_path, monkeypatch):
     """Where it went on by itself, as training that diverges has no figure; a value that was asked for must have one."""
 
@@ -374,6 +387,7 @@ def test_a_search_ends_before_a_value_whose_run_fails(tmp_path, monkeypatch):
         runner.run(tmp_path / "c", asked, plan.search("optimizer.lr=1e-3,3e-3,2e-2"), **how)
 
 
+@pytest.mark.run
 def test_a_setting_that_others_follow_can_be_searched_again(tmp_path, monkeypatch):
     """stack's rank follows edge.rank: a run of another rank differs from the one asked in both."""
     right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
@@ -393,6 +407,7 @@ def test_a_setting_that_others_follow_can_be_searched_again(tmp_path, monkeypatc
     assert {run.settings["edge.rank"] for run in records.load([tmp_path]).runs} == {4}
 
 
+@pytest.mark.run
 def test_what_was_asked_last_is_what_a_folder_tells(tmp_path, ran):
     """Also where it is known, and the folder has run the same arm with other settings: page and comparison agree."""
     how = {"at_once": 1, "check": lambda _: None, "say": print}
@@ -403,6 +418,7 @@ def test_what_was_asked_last_is_what_a_folder_tells(tmp_path, ran):
     assert [run.settings["rounds"] for run in records.load([tmp_path / "sweep"]).runs] == [8, 8]
 
 
+@pytest.mark.run
 def test_a_search_that_stopped_leaves_no_mixture(tmp_path, monkeypatch):
     """Known runs of a value that is chosen no more are out of the table before the first of another is in."""
     right = {"domain": (0.5, 0.8), "function": (0.9, 0.1)}
