@@ -225,7 +225,7 @@ def ask(session, tensors, verb="loss", grad=True, **meta):
         ({"labels": torch.full((3, 3), 10_000)}, r"'labels' must lie in \[0"),
         ({"labels": torch.full((3, 3), -100)}, "no answer token"),
         ({"mask": torch.ones(3, 65, dtype=torch.bool)}, "65 positions, the LLM has 64"),
-        ({"keep": torch.zeros(3, 50, dtype=torch.int64)}, "'keep' names 50 positions"),
+        (dict.fromkeys(("keep", "labels"), torch.zeros(3, 50, dtype=torch.int64)), "'keep' names 50 positions"),
     ],
 )
 def test_a_step_with_a_wrong_tensor_is_refused_and_harms_nobody(link, edge, batch, changes, says):

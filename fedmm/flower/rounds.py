@@ -35,6 +35,7 @@ from fedmm.federation.server_stages import Alignment, pretrained
 from fedmm.flower import messages
 from fedmm.link.features import Features
 from fedmm.link.host import Host, Traffic
+from fedmm.link.messages import channel_of
 from fedmm.link.tls import Authority
 from fedmm.llm.local import LocalLLM
 from fedmm.runs import summary
@@ -458,18 +459,11 @@ class _Arm:
             self.folder.event("score", round=state_round, client=order.client, right=right, count=count)
 
 
-CHANNEL = {
-    "state": "adapters", "update": "adapters", "card": "edge", "edge": "edge", "forward": "steps",
-    "backward": "steps", "loss": "steps", "squares": "steps", "generate": "answers", "known": "features",
-    "features": "features",
-}  # fmt: skip
-
-
 def channels(traffic: Mapping[tuple[int, str], Traffic]) -> dict[tuple[int, str], Traffic]:
     """Verbs as the ledger's channels; the Fisher is told apart from the adapters it travels with."""
     sums: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
     for (client, verb), row in traffic.items():
-        into = sums[client, CHANNEL.get(verb, "refused")]
+        into = sums[client, channel_of(verb)]
         into.frames += row.frames
         into.up_bytes += row.up_bytes - row.fisher_bytes
         into.down_bytes += row.down_bytes

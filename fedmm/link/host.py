@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import re
 import secrets
 import threading
 import time
@@ -24,10 +23,10 @@ import grpc
 import torch
 from torch import Tensor
 
-from fedmm import codecs, tree
+from fedmm import tree
 from fedmm.adapters.schema import without_images
 from fedmm.codecs import Feedback
-from fedmm.link import door, requests, tls, wire
+from fedmm.link import door, messages, requests, tls, wire
 from fedmm.link.engine import Begun, Busy, Engine, Rows
 from fedmm.link.features import Features, FeaturesMissing
 from fedmm.link.footprint import Footprint, Shape, default_frames_bytes, default_limit_bytes
@@ -39,7 +38,6 @@ from fedmm.storage import memory
 from fedmm.types import FedmmError, State, Update
 
 log = logging.getLogger("fedmm.host")
-METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
 NOTES, NOTE_CHARACTERS = 20, 300  # of one session in the log, and of each
 IDLE_DEADLINES = 10  # of silence, after which a session gives way to clients that wait for one
 FREE_REFUSALS = 20  # of a client in a round; each further one is answered after a pause
@@ -116,14 +114,16 @@ class Host:
         deadline_seconds: float = 60.0,
     ) -> None:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
-        self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
+        self._edge = wire.encode(
+            messages.Tensors(edge).to_frame(messages.EdgeRequest.verb)
+        )  # once: it may be large, and many ask for it
         self._features = features
         self._frames_bytes = max(frame_limit_bytes, frames_bytes or default_frames_bytes(llm.device))
         footprint = Footprint.measured(llm, step_memory_bytes or default_limit_bytes(llm.device, workers, graph_bytes))
         self._read = Reader(
-            llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes
+            llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes, answer_tokens
         )
-        self._pending_limit, self._frame_limit_bytes, self._answer_tokens = pending, frame_limit_bytes, answer_tokens
+        self._pending_limit, self._frame_limit_bytes = pending, frame_limit_bytes
         self._engine = Engine(
             llm,
             workers=workers,
@@ -149,18 +149,18 @@ class Host:
         self._full: set[int] = set()  # clients who found no free session in this round, and have none since
         self._traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
         self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | wire.Chunks]] = {
-            "card": self._send_card,
-            "edge": self._send_edge,
-            "state": self._send_state,
-            "update": self._take_update,
-            "known": self._known,
-            "features": self._keep_features,
-            "forward": self._forward,
-            "backward": self._backward,
-            "loss": self._loss,
-            "squares": self._squares,
-            "generate": self._generate,
-            "echo": self._echo,
+            messages.CardRequest.verb: self._send_card,
+            messages.EdgeRequest.verb: self._send_edge,
+            messages.StateRequest.verb: self._send_state,
+            messages.UpdateRequest.verb: self._take_update,
+            messages.KnownRequest.verb: self._known,
+            messages.FeaturesRequest.verb: self._keep_features,
+            messages.ForwardRequest.verb: self._forward,
+            messages.BackwardRequest.verb: self._backward,
+            messages.LossRequest.verb: self._loss,
+            messages.SquaresRequest.verb: self._squares,
+            messages.GenerateRequest.verb: self._generate,
+            messages.EchoRequest.verb: self._echo,
         }
         self._server = grpc.server(
             ThreadPoolExecutor(sessions + _SPARE_THREADS, thread_name_prefix="fedmm-host"),
@@ -262,11 +262,11 @@ class Host:
     def _session(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         visit = self._admit(context)
         try:
-            yield from wire.encode(wire.Frame("open"))
+            yield from wire.encode(messages.Done().to_frame(messages.Done.OPENS))
             watched = _watched(chunks, visit)
             while (frame := wire.decode(watched, self._frame_limit_bytes, self._tensors_limit())) is not None:
                 visit.reading = False
-                moved = visit.client, frame.verb if frame.verb in self._verbs else "refused"
+                moved = visit.client, frame.verb if frame.verb in self._verbs else messages.REFUSED
                 with self._lock:
                     traffic = self._traffic[moved]
                     traffic.frames += 1
@@ -331,7 +331,13 @@ class Host:
         shown = context.auth_context().get("x509_common_name", [b""])[0].decode()
         if self._authority and shown != tls.client_name(int(client)):
             context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate is {shown!r}'s, not client {client}'s")
+        context.send_initial_metadata(wire.protocol())
         visit = _Visit(int(client), int(round), context, context.peer())
+        if odd := wire.differs(sent.items(), "the host", f"client {visit.client}"):
+            log.warning("client %d is refused: %s", visit.client, odd)
+            with self._lock:
+                self._refused[visit.client] = odd
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, odd)
         with self._lock:
             over, before = visit.round != self._round, self._visits.get(visit.client)
             full = before is None and len(self._visits) >= self._sessions
@@ -370,17 +376,17 @@ class Host:
                 raise ValueError(f"unknown verb {frame.verb[:32]!r}; this host knows {', '.join(self._verbs)}")
             return verb(visit, frame, traffic)
         except FeaturesMissing as error:
-            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "missing": error.rows})
+            failure = messages.Failure(f"{frame.verb[:32]}: {error}", error.rows)
         except Busy as error:
-            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "busy": True})
+            failure = messages.Failure(f"{frame.verb[:32]}: {error}", busy=True)
         except ValueError as error:
             self._note(visit, f"refused {frame.verb[:32]}: {error}")
             self._pause(visit)
-            return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}"[:4096]})
+            failure = messages.Failure(f"{frame.verb[:32]}: {error}"[:4096])
         except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
             log.exception("%s of client %d failed", one_line(frame.verb[:32]), visit.client)
-            reason = f"{frame.verb} failed at the host: {type(error).__name__}: {error}"
-            return wire.Frame("error", {"message": reason[:4096]})
+            failure = messages.Failure(f"{frame.verb} failed at the host: {type(error).__name__}: {error}"[:4096])
+        return failure.to_frame(messages.Failure.FAILS)
 
     def _note(self, visit: _Visit, text: str) -> None:
         """Log what a client did wrong, in one line; of one that does nothing else, the first times of a session."""
@@ -400,21 +406,22 @@ class Host:
     # ---- verbs: once a run, once a round ---------------------------------------------------------------------------
 
     def _send_card(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        return wire.Frame("card", self._card)
+        return messages.Card(self._card).to_frame(frame.verb)
 
     def _send_edge(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Chunks:
         return self._edge
 
     def _send_state(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         with self._lock:
-            return wire.Frame("state", {}, self._down(visit.client, self._current))
+            return messages.Tensors(self._down(visit.client, self._current)).to_frame(frame.verb)
 
     def _take_update(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         with self._updating:
             if visit.round != self._round or visit.client not in self._awaited:
                 raise ValueError(f"no update of client {visit.client} is awaited in round {visit.round}")
             try:
-                update = _read_update(visit.client, frame, self._up(visit.client, self._current))
+                update = messages.UpdateRequest.from_frame(frame).update(visit.client)
+                _check(update, self._up(visit.client, self._current))
                 traffic.fisher_bytes += tree.size_bytes(update.fisher or {})
                 self._on_update(visit.round, update)
             except ValueError as error:
@@ -422,34 +429,30 @@ class Host:
                 raise
             self._awaited.discard(visit.client)
             self._refused.pop(visit.client, None)
-        return wire.Frame("update")
+        return messages.Done().to_frame(frame.verb)
 
     # ---- verbs: once a sample --------------------------------------------------------------------------------------
 
     def _known(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        keys_BK = requests.tensor(frame.tensors, "keys", (None, None))
-        missing_B = torch.zeros(len(keys_BK), dtype=torch.bool)
-        missing_B[self._features.missing(visit.client, keys_BK)] = True
-        return wire.Frame("known", {}, {"missing": missing_B})
+        request = messages.KnownRequest.from_frame(frame)
+        missing_S = torch.zeros(len(request.keys_SK), dtype=torch.bool)
+        missing_S[self._features.missing(visit.client, request.keys_SK)] = True
+        return messages.Missing(missing_S).to_frame(frame.verb)
 
     def _keep_features(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
-        keys_BK = requests.tensor(tensors, "keys", (None, None))
-        features = [
-            requests.tensor(tensors, f"features.{i}", (None, None, None), floating=True) for i in range(len(keys_BK))
-        ]
-        self._features.keep(visit.client, keys_BK, features)
-        return wire.Frame("features")
+        request = messages.FeaturesRequest.from_frame(frame)
+        self._features.keep(visit.client, request.keys_SK, request.features)
+        return messages.Done().to_frame(frame.verb)
 
     # ---- verbs: every step -----------------------------------------------------------------------------------------
 
     def _echo(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        """What came, so that a benchmark can tell the link's own time."""
-        return wire.Frame("echo", {}, frame.tensors)
+        return messages.Tensors(messages.EchoRequest.from_frame(frame).tensors).to_frame(frame.verb)
 
     def _forward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
-        keep_BA, number = self._read.keep(frame, step.mask_BT), requests.integer(frame, "step")
+        request = self._read.request(messages.ForwardRequest, frame)
+        step, number = self._read.step(request.step, visit.client, request.grads), request.number
+        keep_BA = self._read.keep(request.keep_BA, step.mask_BT.shape[1])
         if len(step.branches) != 1:
             raise ValueError(f"forward takes one branch, got {len(step.branches)}")
         if number in visit.pending:
@@ -469,45 +472,44 @@ class Host:
             logits_BAV, seconds = passed.logits[0], passed.seconds
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(keep_BA)
-        return self._written("forward", {"logits": logits_BAV}, frame, visit)
+        return messages.Logits(logits_BAV).to_frame(frame.verb, request.codecs)
 
     def _backward(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        number = requests.integer(frame, "step")
+        number = messages.NUMBER.read(frame, {})
         if number not in visit.pending:
             raise ValueError(f"no forward of step {number} waits for its backward")
         step, begun = visit.pending[number]
-        tensors = codecs.read(frame.tensors, codecs.named(frame.meta.get("codecs")))
-        grad_BAV = requests.tensor(tensors, "grad", tuple(begun.logits_BAV.shape), floating=True)
-        grad_BTD, seconds = self._engine.finish(begun, grad_BAV.to(begun.logits_BAV))
+        sizes = dict(zip("BAV", begun.logits_BAV.shape, strict=True))
+        request = messages.BackwardRequest.from_frame(frame, **sizes)
+        grad_BTD, seconds = self._engine.finish(begun, request.grad_BAV.to(begun.logits_BAV))
         del visit.pending[number]  # only now: a step that found no worker is asked for again
         visit.pending_bytes -= begun.bytes
         traffic.llm_seconds += seconds
         grads = _gradients([begun.rows], step.leaves, [grad_BTD])
-        return self._written("backward", grads, frame, visit, step.summed())
+        return messages.Gradients(grads).to_frame(frame.verb, request.codecs, visit.feedback, step.summed)
 
     def _loss(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client)
-        keep_BA = self._read.keep(frame, step.mask_BT)
-        labels_BA, mutual = self._read.labels(frame, keep_BA), self._read.mutual(frame, len(step.branches))
-        reduction = frame.meta.get("reduction", "mean")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {str(reduction)[:32]!r}")
+        request = self._read.request(messages.LossRequest, frame)
+        step = self._read.step(request.step, visit.client, request.grads)
+        keep_BA = self._read.keep(request.keep_BA, step.mask_BT.shape[1])
+        labels_BA, mutual = self._read.labels(request.labels_BA), requests.mutual_of(request, len(step.branches))
 
         def values(logits: list[Tensor]) -> Tensor:
-            return torch.stack(branch_losses(logits, labels_BA.to(self._llm.device), mutual, reduction))
+            return torch.stack(branch_losses(logits, labels_BA, mutual, request.reduction))
 
         rows = _rows(step, keep_BA)
         pairs = len(keep_BA) * len(rows) * (len(rows) - 1) if mutual else 0
         passed = self._engine.run(rows, values, grad=bool(step.leaves), pairs=pairs, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA) * len(rows)
-        tensors = {"losses": passed.values, **_gradients(rows, step.leaves, passed.grads)}
-        return self._written("loss", tensors, frame, visit, step.summed())
+        losses = messages.Losses(passed.values, _gradients(rows, step.leaves, passed.grads))
+        return losses.to_frame(frame.verb, request.codecs, visit.feedback, step.summed)
 
     def _squares(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        step = self._read.step(frame, visit.client, grad=True)
-        keep_BA = self._read.keep(frame, step.mask_BT)
-        labels_BA = self._read.labels(frame, keep_BA).to(self._llm.device)
+        request = self._read.request(messages.SquaresRequest, frame)
+        step = self._read.step(request.step, visit.client)
+        keep_BA = self._read.keep(request.keep_BA, step.mask_BT.shape[1])
+        labels_BA = self._read.labels(request.labels_BA)
         if len(step.branches) != 1:
             raise ValueError(f"squares takes one branch, got {len(step.branches)}")
 
@@ -517,38 +519,24 @@ class Host:
         passed = self._engine.run(_rows(step, keep_BA), values, grad=True, client=visit.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA)
-        found = step.branches[0].squares(passed.grads[0])
-        tensors = {f"grad/h.{i}": grad_NR for i, (grad_NR, _) in enumerate(found.terms)}
-        tensors |= {f"squares.{i}": squares_DR for i, (_, squares_DR) in enumerate(found.terms)}
-        if found.image_ND is not None:
-            tensors["grad/image_part"] = found.image_ND
-        return self._written("squares", tensors, frame, visit)
+        squares = step.branches[0].squares(passed.grads[0])
+        h_grads, by_up = zip(*squares.terms, strict=True) if squares.terms else ((), ())
+        return messages.StepSquares(h_grads, by_up, squares.image_ND).to_frame(frame.verb, request.codecs)
 
     def _generate(self, visit: _Visit, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
-        max_tokens = requests.integer(frame, "max_tokens")
-        if not 1 <= max_tokens <= self._answer_tokens:
-            raise ValueError(
-                f"max_tokens must be from 1 to evaluate.max_tokens={self._answer_tokens}, got {max_tokens}"
-            )
-        step = self._read.step(frame, visit.client, tokens=max_tokens)
+        request = self._read.request(messages.GenerateRequest, frame)
+        step = self._read.step(request.step, visit.client)
         if len(step.branches) != 1:
             raise ValueError(f"generate takes one branch, got {len(step.branches)}")
-        terms, (B, T) = self._read.token_terms(frame), step.mask_BT.shape
+        B, T = step.mask_BT.shape
         tokens_BN, seconds = self._engine.alone(
-            lambda: self._llm.generate(step.branches[0], step.mask_BT, terms, max_tokens),
-            Shape(B, T, tokens=max_tokens),
+            lambda: self._llm.generate(step.branches[0], step.mask_BT, request.terms, request.max_tokens),
+            Shape(B, T, tokens=request.max_tokens),
             visit.client,
         )
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(tokens_BN)
-        return wire.Frame("generate", {}, {"tokens": tokens_BN})
-
-    def _written(
-        self, verb: str, tensors: State, frame: wire.Frame, visit: _Visit, summed: Mapping[str, str] | None = None
-    ) -> wire.Frame:
-        """An answer in the codecs that the client asked for."""
-        words = codecs.named(frame.meta.get("codecs"))
-        return wire.Frame(verb, {}, codecs.write(tensors, words, visit.feedback, summed or {}))
+        return messages.Tokens(tokens_BN).to_frame(frame.verb)
 
 
 def _watched(chunks: Iterator[bytes], visit: _Visit) -> Iterator[bytes]:
@@ -566,28 +554,18 @@ def _secured(authority: tls.Authority) -> grpc.ServerCredentials:
     )
 
 
-def _read_update(client: int, frame: wire.Frame, wanted: State) -> Update:
-    """The update a frame holds, or ValueError with the reason it is not one with the names and shapes of `wanted`."""
-    delta, fisher = tree.parted(frame.tensors, "delta", "fisher")
-    count = requests.integer(frame, "num_examples")
-    if not 1 <= count < 1 << 31:
-        raise ValueError(f"num_examples must be at least 1 and below 2^31, got {str(count)[:12]}")
-    has_fisher = bool(frame.meta.get("fisher"))
-    if without_images(delta).keys() == delta.keys():  # of a client who has seen none
+def _check(update: Update, wanted: State) -> None:
+    """Raises ValueError where an update is not one with the names and shapes of `wanted`."""
+    fisher = update.fisher or {}
+    if without_images(update.delta).keys() == update.delta.keys():  # of a client who has seen none
         wanted = without_images(wanted)
-    for what, state in (("delta", delta), *((("Fisher", fisher),) if has_fisher else ())):
+    for what, state in (("delta", update.delta), *((("Fisher", fisher),) if update.fisher is not None else ())):
         if reason := tree.mismatch(state, wanted):
             raise ValueError(f"the {what} {reason}")
         if any((tensor.abs() > ENTRY_LIMIT).any() for tensor in state.values()):
             raise ValueError(f"the {what} has an entry above {ENTRY_LIMIT:g}, which no training makes")
     if any((tensor < 0).any() for tensor in fisher.values()):
         raise ValueError("the Fisher has a negative entry; it is a mean of squares")
-    metrics = frame.meta.get("metrics", {})
-    if not isinstance(metrics, dict) or len(metrics) > 64 or not all(map(requests.number, metrics.values())):
-        raise ValueError(f"metrics must be finite numbers by name, got {ascii(metrics)[:200]}")
-    if odd := [name for name in metrics if not METRIC_NAME.fullmatch(name)]:
-        raise ValueError(f"a metric's name must be 1 to 40 of a-z 0-9 _, got {odd[0][:40]!a}")
-    return Update(client, delta, count, fisher if has_fisher else None, metrics)
 
 
 def _rows(step: requests.Read, keep_BA: Tensor) -> list[Rows]:
@@ -597,10 +575,10 @@ def _rows(step: requests.Read, keep_BA: Tensor) -> list[Rows]:
 
 
 def _gradients(rows: list[Rows], leaves: Mapping[str, Tensor], grads: list[Tensor]) -> State:
-    """The gradients by the leaves from those by the embeddings, as tensors of an answer."""
+    """The gradients by the leaves from those by the embeddings."""
     if not leaves:
         return {}
     pairs = [(own.embeds_BTD, grad) for own, grad in zip(rows, grads, strict=True) if own.embeds_BTD.requires_grad]
     outputs, given = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, list(leaves.values()), given, materialize_grads=True)
-    return {f"grad/{name}": tensor for name, tensor in zip(leaves, found, strict=True)}
+    return dict(zip(leaves, found, strict=True))
