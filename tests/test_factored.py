@@ -11,7 +11,8 @@ from fedmm.codecs import Codecs
 from fedmm.edge import base, frozen_modules
 from fedmm.edge.nano_edge import Lora
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.link.remote import HostRefused, RemoteLLM
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import HostRefused
 from fedmm.losses import Mutual
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.model import Model

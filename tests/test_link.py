@@ -18,10 +18,12 @@ from conftest import CountingProxy, gradients, served, visiting
 from fedmm import tree
 from fedmm.edge import frozen_modules
 from fedmm.link import tls, wire
-from fedmm.link.features import Features
-from fedmm.link.host import FREE_REFUSALS, Host
-from fedmm.link.remote import HostGone, HostRefused, RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import HostGone, HostRefused, Session
 from fedmm.model import Model
+from fedmm.serving.features import Features
+from fedmm.serving.host import FREE_REFUSALS, Host
+from fedmm.serving.round import Traffic
 from fedmm.types import FedmmError
 
 
@@ -351,7 +353,7 @@ def test_an_unknown_verb_names_the_known_ones(link):
 
 def test_what_a_client_sends_is_logged_in_few_and_short_lines(link, caplog, monkeypatch):
     """Found in a review: 65 MB of log in three seconds, and escapes that a terminal acts on."""
-    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("fedmm.serving.host.REFUSAL_PAUSE_SECONDS", 0.0)
     host, _ = link
     with visiting(host) as session:
         for i in range(40):
@@ -433,7 +435,7 @@ def test_steps_that_wait_for_their_backward_count_by_their_bytes(llava, edge, lo
 
 def test_who_is_refused_again_and_again_is_answered_late(link, batch, edge, monkeypatch):
     """Steps that are refused cost the host as much as others, and stand in no queue."""
-    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr("fedmm.serving.host.REFUSAL_PAUSE_SECONDS", 60.0)
     host, _ = link
     with visiting(host, client=1) as other:
         for last in range(FREE_REFUSALS + 1):
@@ -444,7 +446,7 @@ def test_who_is_refused_again_and_again_is_answered_late(link, batch, edge, monk
 
 
 def test_a_silent_session_gives_way_to_a_client_that_waits(llava, edge, local_llm, monkeypatch):
-    monkeypatch.setattr("fedmm.link.host.IDLE_DEADLINES", 1)
+    monkeypatch.setattr("fedmm.serving.host.IDLE_DEADLINES", 1)
     with served(llava, edge, local_llm, sessions=1, deadline_seconds=1.0) as (host, _), visiting(host) as silent:
         silent.call("card")
         with visiting(host, client=1, turn_seconds=20.0) as waiting:
@@ -496,7 +498,8 @@ def test_a_port_that_is_taken_names_the_knob(llava, edge, local_llm):
 def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
     """Frames as large as real ones; gRPC's own framing is the difference, and less than 1%."""
     built, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4)
-    with served(llava, built, local_llm) as (host, _):
+    taken_along: dict[tuple[int, str], Traffic] = {}
+    with served(llava, built, local_llm, traffic=taken_along) as (host, _):
         proxy = CountingProxy(host.port)
         with visiting(host, address=proxy.address) as session:
             for _ in range(10):
@@ -509,7 +512,9 @@ def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
             sent, received = sum(session.sent_bytes.values()), sum(session.received_bytes.values())
         _, traffic = host.close_round()
         proxy.close()
-    up, down = (sum(getattr(row, way) for row in traffic.values()) for way in ("up_bytes", "down_bytes"))
+    rows = [*taken_along.values(), *traffic.values()]
+    up, down = (sum(getattr(row, way) for row in rows) for way in ("up_bytes", "down_bytes"))
+    assert taken_along.keys() == {(0, "loss"), (0, "update")} and traffic.keys() == {(0, "update")}
     assert (up, down) == (sent, received), "both ends count the same frames"
     assert up == pytest.approx(proxy.bytes["up"], rel=0.01)
     assert down == pytest.approx(proxy.bytes["down"], rel=0.01)
@@ -567,7 +572,7 @@ def test_an_update_is_safe_before_its_round_can_close(llava, edge, local_llm):
     """An update that is being written when the round ends is in the round; the round waits for it."""
     writing, order = threading.Event(), []
 
-    def slow_disk(round, update):
+    def slow_disk(round, update, moved):
         writing.set()
         time.sleep(0.5)
         order.append("safe")

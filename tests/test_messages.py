@@ -20,7 +20,7 @@ import fedmm
 from fedmm.codecs import Codecs
 from fedmm.link import messages, wire
 from fedmm.link.fields import Value, integer
-from fedmm.link.remote import HostRefused, Session
+from fedmm.link.session import HostRefused, Session
 from fedmm.link.steps import DenseStep, FactoredStep, Term
 from fedmm.types import TokenTerm, Update
 

@@ -26,13 +26,14 @@ from fedmm.bench import served
 from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.bench.served import Shapes
 from fedmm.link import wire
-from fedmm.link.features import Features
-from fedmm.link.footprint import Footprint, Shape
-from fedmm.link.host import Host
 from fedmm.link.messages import ForwardRequest, LossRequest
-from fedmm.link.remote import Session
+from fedmm.link.session import Session
 from fedmm.link.steps import FactoredStep, Term
 from fedmm.llm.local import LocalLLM
+from fedmm.serving.features import Features
+from fedmm.serving.footprint import Footprint, Shape
+from fedmm.serving.host import Host
+from fedmm.serving.limits import Limits
 from fedmm.storage import memory
 from fedmm.types import Embeds
 
@@ -189,8 +190,8 @@ def _step(setting: Setting, B: int) -> FactoredStep:
 def _host(setting: Setting, llm: LocalLLM, **options: Any) -> Iterator[Host]:
     features = Features(served.connector(setting.shapes).requires_grad_(False), llm.decoder.embed_tokens.weight)
     with Host(
-        llm, card={}, edge={}, features=features, on_update=lambda round, update: None,
-        deadline_seconds=DEADLINE_SECONDS, **options,
+        llm, card={}, edge={}, features=features, on_update=lambda round, update, moved: None,
+        limits=Limits(deadline_seconds=DEADLINE_SECONDS, **options),
     ) as host:  # fmt: skip
         host.open_round(1, {}, [])
         yield host

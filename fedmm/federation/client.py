@@ -40,7 +40,8 @@ from fedmm.federation.build import (
 from fedmm.federation.claims import Claims
 from fedmm.federation.reasons import Lost, Reason, because
 from fedmm.link import messages, tls
-from fedmm.link.remote import RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.shown import one_line

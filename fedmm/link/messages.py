@@ -23,13 +23,10 @@ from fedmm import tree
 from fedmm.codecs import PLAIN, Codecs, Feedback
 from fedmm.link.fields import (
     ANY,
-    Entries,
     Header,
     Many,
     Named,
     One,
-    Place,
-    Sizes,
     Value,
     integer,
     names,
@@ -39,7 +36,7 @@ from fedmm.link.fields import (
     taken,
     written,
 )
-from fedmm.link.steps import FEATURES, DenseStep, FactoredStep, Step, StepPlace, grid
+from fedmm.link.steps import FEATURES, DenseStep, FactoredStep, Step, StepPlace, TokenTerms, grid
 from fedmm.link.wire import Frame
 from fedmm.types import IGNORE, State, TokenTerm, Update
 
@@ -311,27 +308,6 @@ class SquaresRequest(StepRequest):
     verb, channel, reply = "squares", "steps", StepSquares
     keep_BA: Annotated[Tensor, KEEP]
     labels_BA: Annotated[Tensor, _LABELS]
-
-
-class TokenTerms(Place):
-    """The text adapters that a generated token passes, with the scale of each in the header."""
-
-    down, up = One("token_down", "R D", codec="h"), One("token_up", "D R", codec="h")
-    keys = ("scales",)
-    tensors = (down.at("i"), up.at("i"))
-
-    def write(self, value: Sequence[TokenTerm]) -> Entries:
-        tensors: State = {}
-        for i, term in enumerate(value):
-            tensors |= {self.down.at(i).name: term.down_RD, self.up.at(i).name: term.up_DR}
-        return {self.keys[0]: [term.scale for term in value]}, tensors
-
-    def read(self, frame: Frame, sizes: Sizes) -> tuple[TokenTerm, ...]:
-        scales = enumerate(numbers(frame.meta, self.keys[0]))
-        return tuple(self._term(frame, {"D": sizes["D"]}, i, scale) for i, scale in scales)
-
-    def _term(self, frame: Frame, sizes: Sizes, i: int, scale: float) -> TokenTerm:
-        return TokenTerm(self.down.at(i).read(frame, sizes), self.up.at(i).read(frame, sizes), scale)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from fedmm.link.fields import (
     integer,
     listed,
     number,
+    numbers,
     places,
     taken,
     written,
 )
 from fedmm.link.wire import Frame
-from fedmm.types import State
+from fedmm.types import State, TokenTerm
 
 RANK_LIMIT = 64  # or the LLM's width, beyond which a term is no shorter than what it stands for
 FEATURES = One("features", "I P E", codec="features")
@@ -166,6 +167,27 @@ class StepPlace(Place):
         if not images:
             images = {"features": Many(FEATURES, per="S").read(frame, sizes)}
         return FactoredStep(**grid, **images, **taken(FactoredStep, frame, sizes, "branches"))
+
+
+class TokenTerms(Place):
+    """The text adapters that a generated token passes, with the scale of each in the header."""
+
+    down, up = One("token_down", "R D", codec="h"), One("token_up", "D R", codec="h")
+    keys = ("scales",)
+    tensors = (down.at("i"), up.at("i"))
+
+    def write(self, value: Sequence[TokenTerm]) -> Entries:
+        tensors: State = {}
+        for i, term in enumerate(value):
+            tensors |= {self.down.at(i).name: term.down_RD, self.up.at(i).name: term.up_DR}
+        return {self.keys[0]: [term.scale for term in value]}, tensors
+
+    def read(self, frame: Frame, sizes: Sizes) -> tuple[TokenTerm, ...]:
+        scales = enumerate(numbers(frame.meta, self.keys[0]))
+        return tuple(self._term(frame, {"D": sizes["D"]}, i, scale) for i, scale in scales)
+
+    def _term(self, frame: Frame, sizes: Sizes, i: int, scale: float) -> TokenTerm:
+        return TokenTerm(self.down.at(i).read(frame, sizes), self.up.at(i).read(frame, sizes), scale)
 
 
 def _factored(frame: Frame) -> bool:

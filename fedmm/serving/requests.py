@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fedmm.edge import base
 from fedmm.edge.folding import embed_of
-from fedmm.link.features import Features
 from fedmm.link.fields import number
-from fedmm.link.footprint import Footprint, Shape
 from fedmm.link.messages import KEEP, GenerateRequest, LossRequest, StepRequest, StepSize
 from fedmm.link.steps import DenseStep, FactoredStep, Step
 from fedmm.link.wire import Frame
+from fedmm.llm.local import LocalLLM
 from fedmm.losses import Mutual
+from fedmm.serving.features import Features
+from fedmm.serving.footprint import Footprint, Shape
+from fedmm.serving.limits import Limits
 from fedmm.types import IGNORE, Embeds, LowRank, Part, Source
 
 _R = TypeVar("_R", bound=StepRequest)
@@ -50,8 +52,13 @@ class Reader:
     device: torch.device
     features: Features
     footprint: Footprint
-    limit_bytes: int = 1 << 30  # of what a step makes here: what its dense frame could have been
-    answer_tokens: int = 1024
+    limit_bytes: int  # of what a step makes here: what its dense frame could have been
+    answer_tokens: int
+
+    @staticmethod
+    def of(llm: LocalLLM, features: Features, footprint: Footprint, limits: Limits) -> Reader:
+        sizes = llm.width, llm.positions, llm.vocabulary, llm.device
+        return Reader(*sizes, features, footprint, limits.frame_limit_bytes, limits.answer_tokens)
 
     def request(self, kind: type[_R], frame: Frame) -> _R:
         """The request in a frame, where its step is no larger than it may be."""
