@@ -31,10 +31,6 @@ Codec = Literal["none", "fp16", "bf16", "int8"]
 BLOCK = 64
 """Entries that share an int8 scale: 2 bytes for 64 are 3%, and one outlier spoils no more than 63 others."""
 
-_KINDS = {
-    "features": "features", "image_part": "features", "whole": "features",
-    "h": "h", "up": "h", "token_down": "h", "token_up": "h", "grad": "gradients", "logits": "logits",
-}  # fmt: skip
 _DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 _SCALE_LIMIT = 2.0**120  # times any int8 code it is still finite in fp32
 _LIMITS = {"fp16": torch.finfo(torch.float16).max, "bf16": torch.finfo(torch.bfloat16).max, "int8": 127 * _SCALE_LIMIT}
@@ -49,43 +45,58 @@ class Codecs:
     gradients: str = "none"
     logits: str = "none"
 
-    def of(self, name: str) -> Codec:
-        """The codec of a tensor of a frame, by what comes before the first dot or slash of its name."""
-        kind = _KINDS.get(name.replace("/", ".").split(".")[0])
+    def of(self, kind: str | None) -> Codec:
+        """The codec of a kind of tensors; what is of none goes as it is."""
         return getattr(self, kind) if kind else "none"
+
+
+PLAIN = Codecs()
+
+
+def stem(name: str) -> str:
+    """What comes before the first dot or slash of a tensor's name, by which its kind is known."""
+    return name.replace("/", ".").split(".")[0]
 
 
 def named(words: object) -> Codecs:
     """The codecs that a frame names, in the order of `Codecs`; None for none. Raises ValueError for anything else."""
     if words is None:
-        return Codecs()
+        return PLAIN
     if not isinstance(words, list) or len(words) != 4 or not all(word in _DTYPES for word in map(str, words)):
         raise ValueError(f"codecs are four of {', '.join(_DTYPES)}, got {str(words)[:100]}")
     return Codecs(*words)
 
 
 def write(
-    tensors: Mapping[str, Tensor], codecs: Codecs, feedback: Feedback | None = None, summed: Mapping[str, str] = {}
+    tensors: State,
+    codecs: Codecs,
+    kinds: Mapping[str, str],
+    feedback: Feedback | None = None,
+    summed: Mapping[str, str] = {},
 ) -> State:
-    """The tensors of a frame as they travel. `feedback` corrects those `summed` over steps, under that name."""
+    """The tensors of a frame as they travel, each by its kind. `feedback` corrects those `summed`, under that name."""
+    if codecs == PLAIN:
+        return tensors
     out: State = {}
     for name, tensor in tensors.items():
-        codec = codecs.of(name)
+        codec = codecs.of(kinds.get(stem(name)))
         correct = feedback is not None and name in summed
         parts = feedback.pack(summed[name], tensor, codec) if correct else pack(tensor, codec)  # type: ignore[union-attr]
         out |= {name + (f"/{part}" if part else ""): value for part, value in parts.items()}
     return out
 
 
-def read(tensors: Mapping[str, Tensor], codecs: Codecs) -> State:
+def read(tensors: Mapping[str, Tensor], codecs: Codecs, kinds: Mapping[str, str]) -> Mapping[str, Tensor]:
     """The tensors of a frame as they were. Raises ValueError, with the tensor's name, where they are not so written."""
+    if codecs == PLAIN:
+        return tensors
     out: State = {}
     for name, tensor in tensors.items():
         if name.endswith("/scale"):
             continue
         parts = {"": tensor} | ({"scale": tensors[f"{name}/scale"]} if f"{name}/scale" in tensors else {})
         try:
-            out[name] = unpack(parts, codecs.of(name), (None,) * tensor.dim())
+            out[name] = unpack(parts, codecs.of(kinds.get(stem(name))), (None,) * tensor.dim())
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     return out
@@ -155,6 +166,11 @@ class Feedback:
     def __init__(self, names: int = 64) -> None:
         self._residuals: State = {}  # the one used last at the end
         self._names = names
+
+    @property
+    def size_bytes(self) -> int:
+        """What the residuals take."""
+        return sum(residual.nbytes for residual in list(self._residuals.values()))
 
     def pack(self, name: str, tensor: Tensor, codec: Codec) -> dict[str, Tensor]:
         """`pack(tensor + residual)`. With "none" nothing is added or kept; another shape starts from no residual."""

@@ -97,12 +97,13 @@ class Source:
     """What the parts of a base are formed from, by whoever has connector and token table.
 
     `features_MPE` are those of the M images of the batch in order, and `keys` name the own of each sample with images
-    by their content, where they are the same in every epoch; None where something trains in front of the LLM
-    (`edge.lora`), so that image positions cannot be formed elsewhere.
+    by their content, where they are the same in every epoch. With `image_trains` something trains in front of the LLM
+    (`edge.lora`): image positions cannot be formed elsewhere, and there are no features.
     """
 
     tokens_BT: Int[Tensor, "B T"]
     image_BT: Bool[Tensor, "B T"]
+    image_trains: bool = False
     features_MPE: Float[Tensor, "M P E"] | None = None
     keys: tuple[bytes, ...] | None = None
 
@@ -144,7 +145,7 @@ class Embeds:
 
     def squares(self, grad_BTD: Float[Tensor, "B T D"]) -> Squares:
         """What a diagonal Fisher needs, from the gradient of a sum over samples by these embeddings."""
-        trained = self.source is not None and self.source.features_MPE is None
+        trained = self.source is not None and self.source.image_trains
         image_N = next((part.positions_N for part in self.parts if part.kind == "image" and trained), None)
         image_ND = grad_BTD.flatten(0, 1)[image_N] if image_N is not None else None
         return Squares(tuple(term.squares(grad_BTD) for term in self.terms), image_ND)

@@ -17,9 +17,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from fedmm import seeds, tree
 from fedmm.edge import frozen_modules
 from fedmm.link import tls
-from fedmm.link.features import Features
-from fedmm.link.host import Host
 from fedmm.llm.local import LocalLLM
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
 from fedmm.storage.tensor_store import Store
 
 CLIENTS = 8
@@ -32,7 +32,7 @@ def main(folder: str) -> None:
     edge, _ = frozen_modules.build(frozen, rank=4, alpha=8.0)
     edge.reset(seeds.generator(0, "test edge"))
 
-    def arrived(round, update):
+    def arrived(round, update, moved):
         with open("/dev/null"):  # an update is journalled: the host needs a descriptor for it
             say(update=update.client, digest=tree.digest(update.delta))
 

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from PIL import Image
 
 from fedmm.edge import frozen_modules
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.link.features import Features
-from fedmm.link.host import Host
-from fedmm.link.remote import Session
+from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
 from fedmm.runs.folder import read_rows
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
+from fedmm.serving.limits import Limits
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Example, Update
 
@@ -108,15 +110,20 @@ def some_examples(count: int = 3, image_size: int = 16) -> list[Example]:
 
 @contextmanager
 def served(llava, edge: NanoEdge, llm: LocalLLM, **options) -> Iterator[tuple[Host, list[Update]]]:
-    """A host in round 1 that awaits clients 0 and 1, and the updates that reached it."""
+    """A host in round 1 that awaits clients 0 and 1, and the updates that reached it; `traffic` gets theirs."""
     taken: list[Update] = []
     frozen = frozen_modules.take(*llava)
     card = frozen_modules.describe(llava[0], frozen, PROMPT)
     store = options.pop("store", Store(memory_bytes=1 << 30))
     features = Features(*frozen_modules.build_base(frozen), store)
-    with Host(
-        llm, card=card, edge=frozen, features=features, on_update=lambda round, update: taken.append(update), **options
-    ) as host:
+    limits = Limits(**{field.name: options.pop(field.name) for field in fields(Limits) if field.name in options})
+    traffic = options.pop("traffic", {})
+
+    def keep(round, update, moved):
+        taken.append(update)
+        traffic.update(moved)
+
+    with Host(llm, card=card, edge=frozen, features=features, on_update=keep, limits=limits, **options) as host:
         host.open_round(1, edge.state(), [0, 1])
         yield host, taken
 

@@ -28,11 +28,13 @@ from fedmm.bench import served
 from fedmm.bench.common import Case, Size
 from fedmm.bench.served import Shapes
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.link.features import Features
-from fedmm.link.host import Host
-from fedmm.link.remote import RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
+from fedmm.serving.limits import Limits
 from fedmm.storage import memory
 from fedmm.storage.tensor_store import Store
 
@@ -182,8 +184,8 @@ def _host(
     connector = served.connector(setting.shapes).to(device).requires_grad_(False)
     features = Features(connector, model.get_input_embeddings().weight, store or Store(memory_bytes=1 << 30))
     with Host(
-        LocalLLM(model), card={}, edge={}, features=features, on_update=lambda round, update: None,
-        deadline_seconds=DEADLINE_SECONDS, **options,
+        LocalLLM(model), card={}, edge={}, features=features, on_update=lambda round, update, moved: None,
+        limits=Limits(deadline_seconds=DEADLINE_SECONDS, **options),
     ) as host:  # fmt: skip
         host.open_round(1, {}, [])
         yield host

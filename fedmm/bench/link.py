@@ -20,6 +20,7 @@ from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.bench.served import SHAPES, Endpoint, Shapes, llava, served
 from fedmm.codecs import Codecs
 from fedmm.link import wire
+from fedmm.link.messages import EchoRequest
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
 from fedmm.types import Embeds
@@ -65,7 +66,7 @@ def cases(size: Size) -> Iterator[Case]:
 def _empty(endpoint: Endpoint, size: Size) -> Case:
     """A frame without tensors there and back."""
     with endpoint.session() as session, closing(endpoint.bare()) as bare:
-        runs = {"link": lambda: session.call("echo"), "floor": lambda: bare.echo([b"0"])}
+        runs = {"link": lambda: session.ask(EchoRequest({})), "floor": lambda: bare.echo([b"0"])}
         seconds = in_turn(runs, EMPTY_ROUNDS[size])
     bar = EMPTY_BAR_MS.get(endpoint.name) if size == "real" else None
     return _beside_floor(f"empty round trip, {endpoint.name}", seconds, bar)
@@ -76,7 +77,7 @@ def _echo(endpoint: Endpoint, samples: int, shapes: Shapes, size: Size, rounds: 
     whole = torch.randn(samples * shapes.T, shapes.D).half()
     chunks = chunks_of(whole.nbytes)
     with endpoint.session() as session, closing(endpoint.bare()) as bare:
-        runs = {"link": lambda: session.call("echo", {"whole": whole}), "floor": lambda: bare.echo(chunks)}
+        runs = {"link": lambda: session.ask(EchoRequest({"whole": whole})), "floor": lambda: bare.echo(chunks)}
         seconds = in_turn(runs, rounds)
     bar = ECHO_BARS_MS[endpoint.name, samples] if size == "real" else None
     return _beside_floor(f"{_mb(whole.nbytes)} each way, {endpoint.name}", seconds, bar)
@@ -91,7 +92,7 @@ def _beside_floor(case: str, seconds: dict[str, list[float]], bar: float | None)
 def _codec_alone(samples: int, shapes: Shapes, rounds: int) -> Case:
     """A frame encoded, cut and decoded in this thread: the part of an echo's half that is neither gRPC nor waiting."""
     whole = torch.randn(samples * shapes.T, shapes.D).half()
-    frame = wire.Frame("echo", {}, {"whole": whole})
+    frame = EchoRequest({"whole": whole}).to_frame()
     seconds = in_turn({"wire": lambda: wire.decode(iter(wire.encode(frame)), 1 << 30)}, rounds)["wire"]
     return Case(
         "link", f"{_mb(whole.nbytes)} encode and decode", median_ms(seconds), "ms", detail={"median_of": rounds}

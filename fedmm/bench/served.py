@@ -21,10 +21,11 @@ from fedmm.bench.bare import Bare, serve
 from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.link import tls
-from fedmm.link.features import Features
-from fedmm.link.host import Host
-from fedmm.link.remote import Session
+from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
+from fedmm.serving.limits import Limits
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Batch
 
@@ -163,8 +164,8 @@ def _open(shapes: Shapes, model: LlavaForConditionalGeneration, name: str, stack
     )
     host = stack.enter_context(
         Host(
-            LocalLLM(model), card={}, edge={}, features=features, on_update=lambda round, update: None,
-            authority=authority, deadline_seconds=DEADLINE_SECONDS,
+            LocalLLM(model), card={}, edge={}, features=features, on_update=lambda round, update, moved: None,
+            authority=authority, limits=Limits(deadline_seconds=DEADLINE_SECONDS),
         )
     )  # fmt: skip
     host.open_round(1, {}, [])

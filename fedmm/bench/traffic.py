@@ -19,7 +19,8 @@ from fedmm.bench.served import Endpoint, Shapes, batch, edge
 from fedmm.codecs import Codec, Codecs
 from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
-from fedmm.link.remote import RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import Session
 from fedmm.losses import Mutual
 from fedmm.model import Model
 from fedmm.types import Batch

@@ -26,11 +26,14 @@ from fedmm.bench import served
 from fedmm.bench.common import Case, Size, in_turn, median_ms
 from fedmm.bench.served import Shapes
 from fedmm.link import wire
-from fedmm.link.features import Features
-from fedmm.link.footprint import Footprint, Shape
-from fedmm.link.host import Host
-from fedmm.link.remote import Session
+from fedmm.link.messages import ForwardRequest, LossRequest
+from fedmm.link.session import Session
+from fedmm.link.steps import FactoredStep, Term
 from fedmm.llm.local import LocalLLM
+from fedmm.serving.features import Features
+from fedmm.serving.footprint import Footprint, Shape
+from fedmm.serving.host import Host
+from fedmm.serving.limits import Limits
 from fedmm.storage import memory
 from fedmm.types import Embeds
 
@@ -84,7 +87,7 @@ def _left_behind(setting: Setting, llm: LocalLLM, name: str, options: Mapping[st
     with _host(setting, llm, **options) as host:
         for step in range(setting.steps):
             with _session(host, 0) as session:
-                session.call("forward", _step(setting, 1), **_ASKED, step=step)
+                session.ask(ForwardRequest(_step(setting, 1), _keep(setting, 1), step, _by_h(setting)))
             if step % max(1, setting.steps // 8) == 0:
                 memory.give_back()
                 held.append(memory.rss_bytes())
@@ -125,7 +128,7 @@ def _victims(setting: Setting, llm: LocalLLM) -> Iterator[Case]:
 
 
 def _frame(setting: Setting) -> Case:
-    frame = wire.Frame("loss", {}, {f"{'x' * 200}{i}": torch.zeros(0) for i in range(wire.TENSORS_LIMIT)})
+    frame = wire.Frame(LossRequest.verb, {}, {f"{'x' * 200}{i}": torch.zeros(0) for i in range(wire.TENSORS_LIMIT)})
     sent = list(wire.encode(frame))
     ways = {"decode": lambda: wire.decode(iter(sent), 1 << 30, wire.TENSORS_LIMIT)}
     detail = {"tensors": len(frame.tensors), "bytes": sum(map(len, sent))}
@@ -142,7 +145,7 @@ def _attacks(setting: Setting, host: Host, rows: int) -> Iterator[None]:
         with _session(host, client) as session:
             under_way.wait()
             while not over.is_set():
-                session.call("loss", _step(setting, rows), **_ASKED)
+                session.ask(_loss(setting, rows))
 
     with ExitStack() as stack:
         threads = [threading.Thread(target=attack, args=(client,)) for client in (1, 2)]
@@ -157,34 +160,38 @@ def _attacks(setting: Setting, host: Host, rows: int) -> Iterator[None]:
 
 def _timed(session: Session, setting: Setting, rows: int) -> float:
     began = time.perf_counter()
-    session.call("loss", _step(setting, rows), **_ASKED)
+    session.ask(_loss(setting, rows))
     return time.perf_counter() - began
 
 
-_ASKED: Mapping[str, Any] = {"terms": [["text", 1.0, "a"]], "branches": [1], "grads": ["h.0"]}
+def _loss(setting: Setting, B: int) -> LossRequest:
+    labels_BA = torch.ones(B, setting.shapes.A, dtype=torch.int64)
+    return LossRequest(_step(setting, B), _keep(setting, B), labels_BA, _by_h(setting))
 
 
-def _step(setting: Setting, B: int) -> dict[str, Tensor]:
+def _by_h(setting: Setting) -> list[str]:
+    """The gradient that is asked for: by h alone."""
+    return list(_step(setting, 1).inputs())[-1:]
+
+
+def _keep(setting: Setting, B: int) -> Tensor:
+    return torch.arange(setting.shapes.A).repeat(B, 1)
+
+
+def _step(setting: Setting, B: int) -> FactoredStep:
     """A factored step of text alone: ten bytes a position."""
-    T, A = setting.shapes.T, setting.shapes.A
+    T, D = setting.shapes.T, setting.shapes.D
     mask_BT = torch.ones(B, T, dtype=torch.bool)
-    return {
-        "mask": mask_BT,
-        "image": ~mask_BT,
-        "tokens": torch.ones(B, T, dtype=torch.int32),
-        "keep": torch.arange(A).repeat(B, 1),
-        "labels": torch.ones(B, A, dtype=torch.int64),
-        "h.0": torch.ones(B * T, 1),
-        "up.0": torch.ones(setting.shapes.D, 1),
-    }
+    term = Term("text", 1.0, "a", torch.ones(B * T, 1), torch.ones(D, 1))
+    return FactoredStep(mask_BT, torch.ones(B, T, dtype=torch.int32), ~mask_BT, branches=((term,),))
 
 
 @contextmanager
 def _host(setting: Setting, llm: LocalLLM, **options: Any) -> Iterator[Host]:
     features = Features(served.connector(setting.shapes).requires_grad_(False), llm.decoder.embed_tokens.weight)
     with Host(
-        llm, card={}, edge={}, features=features, on_update=lambda round, update: None,
-        deadline_seconds=DEADLINE_SECONDS, **options,
+        llm, card={}, edge={}, features=features, on_update=lambda round, update, moved: None,
+        limits=Limits(deadline_seconds=DEADLINE_SECONDS, **options),
     ) as host:  # fmt: skip
         host.open_round(1, {}, [])
         yield host

@@ -11,6 +11,7 @@ from fedmm.adapters import schema as schemas
 from fedmm.config.settings import Config, LinkConfig
 from fedmm.config.targets import make
 from fedmm.edge.base import KINDS
+from fedmm.serving.limits import Limits
 from fedmm.types import State
 
 
@@ -57,6 +58,24 @@ def per_round(cfg: Any) -> int:
 def sessions(cfg: Config) -> int:
     """How many sessions the host has: a client has one at most."""
     return min(cfg.link.sessions, cfg.clients)
+
+
+def host_limits(cfg: Config) -> Limits:
+    """What the host grants clients."""
+    link = cfg.link
+    return Limits(
+        sessions=sessions(cfg),
+        pending=link.pending,
+        workers=link.workers,
+        merge_rows=link.merge_rows,
+        merge_wait_seconds=link.merge_wait_ms / 1000,
+        graph_bytes=link.graphs_mb << 20,
+        step_memory_bytes=link.step_memory_mb << 20 if link.step_memory_mb else None,
+        frames_bytes=link.frames_mb << 20 if link.frames_mb else None,
+        frame_limit_bytes=link.frame_limit_mb << 20,
+        answer_tokens=cfg.evaluate.max_tokens,
+        deadline_seconds=link.deadline_seconds,
+    )
 
 
 def own_rank(cfg: Config, client: int) -> int:

@@ -95,7 +95,8 @@ class NanoEdge(Edge):
             base.image_part(self.connector, features_MPE, image_N),
             base.text_part(self.table_VD, batch.tokens_BT, text_N),
         )
-        return parts, Source(batch.tokens_BT, batch.image_BT, None if self.lora else features_MPE, batch.keys)
+        features = None if self.lora else features_MPE
+        return parts, Source(batch.tokens_BT, batch.image_BT, self.lora, features, batch.keys)
 
     def _terms(self, parts: tuple[Part, ...], use: Sequence[str]) -> tuple[LowRank, ...]:
         pairs = [(name, part) for name in use for part in parts if part.kind in self._kinds]

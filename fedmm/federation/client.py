@@ -39,8 +39,9 @@ from fedmm.federation.build import (
 )
 from fedmm.federation.claims import Claims
 from fedmm.federation.reasons import Lost, Reason, because
-from fedmm.link import tls
-from fedmm.link.remote import RemoteLLM, Session
+from fedmm.link import messages, tls
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.shown import one_line
@@ -157,11 +158,11 @@ def take_part(order: Order) -> Report:
             frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         ) as session,
     ):
-        card = dict(session.call("card").meta)
+        card = dict(session.ask(messages.CardRequest()).card)
         with because(Reason.BACKBONE):
             built = _built(cfg, card, order.client, session)
         model, edge, encoder = built.model, built.model.edge, built.encoder
-        arrived = dict(session.call("state").tensors)
+        arrived = session.ask(messages.StateRequest()).tensors
         _load_sets(cfg, edge, order, arrived)
         own = held_parts(cfg, order.client)
         read = functools.partial(_items, cfg, built)
@@ -319,20 +320,14 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
     }
     if isinstance(model.llm, LocalLLM):  # a report tells of scoring too, and may be lost where the update is not
         metrics["llm_samples"] = float(model.llm.samples - asked)
-    _send(session, Update(order.client, delta, len(items), sure, metrics))
+    session.ask(messages.UpdateRequest.of(Update(order.client, delta, len(items), sure, metrics)))
     return metrics
-
-
-def _send(session: Session, update: Update) -> None:
-    tensors = tree.joined(delta=update.delta, fisher=update.fisher or {})
-    has_fisher = update.fisher is not None
-    session.call("update", tensors, num_examples=update.num_examples, fisher=has_fisher, metrics=dict(update.metrics))
 
 
 def _parts(session: Session, digest: str) -> machine_cache.Mapped:
     """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
     if machine_cache.load_parts(digest) is None:
-        machine_cache.save_parts(digest, dict(session.call("edge").tensors))
+        machine_cache.save_parts(digest, session.ask(messages.EdgeRequest()).tensors)
     parts = machine_cache.load_parts(digest)
     assert parts is not None
     return parts

@@ -1,7 +1,7 @@
 """How many files and connections a run opens at once, and whether the system lets this process open so many.
 
 Counted in runs of 5 and of 12 clients in one process: two sockets a client, one file of its own while it reads or
-writes, and 16 others. What the port takes stands in link/door.py.
+writes, and 16 others. What the port takes stands in serving/door.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from fedmm.config.derived import sessions
 from fedmm.config.settings import Config
-from fedmm.link import door
+from fedmm.serving import door
 
 OTHERS = 64  # models being loaded, the run's folder, stores, Flower's own
 A_CLIENT = 3  # a socket, a file and some room, where clients run in this process

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 
 from fedmm.config.settings import ConfigError
-from fedmm.link.remote import HostGone, HostRefused
+from fedmm.link.session import HostGone, HostRefused
 from fedmm.types import FedmmError
 
 

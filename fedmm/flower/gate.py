@@ -37,7 +37,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from google.protobuf.message import DecodeError
 
 from fedmm.flower import signing
-from fedmm.link.door import address_of, machine_of
+from fedmm.serving.door import address_of, machine_of
 
 FLEET = frozenset(
     f"/v1/fleet/{call}"

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from fedmm import seeds, tree
 from fedmm.aggregate import lowrank
-from fedmm.config.derived import encrypted, per_round, scale, sessions
+from fedmm.config.derived import encrypted, host_limits, per_round, scale
 from fedmm.config.settings import Config, RunConfig
 from fedmm.config.targets import make
 from fedmm.edge import frozen_modules
@@ -33,12 +33,14 @@ from fedmm.federation.claims import Claims
 from fedmm.federation.client import Order, Report
 from fedmm.federation.server_stages import Alignment, pretrained
 from fedmm.flower import messages
-from fedmm.link.features import Features
-from fedmm.link.host import Host, Traffic
+from fedmm.link.messages import channel_of
 from fedmm.link.tls import Authority
 from fedmm.llm.local import LocalLLM
 from fedmm.runs import summary
 from fedmm.runs.folder import RunFolder
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
+from fedmm.serving.round import Moved, Traffic
 from fedmm.shown import one_line
 from fedmm.storage import machine_cache
 from fedmm.storage.tensor_store import Store
@@ -188,20 +190,10 @@ def run_arm(
         card=card,
         edge=parts,
         features=features,
-        on_update=lambda round, update: inbox.take(round, update, host.traffic_of),
+        on_update=inbox.take,
         authority=Authority() if encrypted(cfg.link) else None,
         bind=cfg.link.bind,
-        sessions=sessions(cfg),
-        pending=cfg.link.pending,
-        workers=cfg.link.workers,
-        merge_rows=cfg.link.merge_rows,
-        merge_wait_seconds=cfg.link.merge_wait_ms / 1000,
-        graph_bytes=cfg.link.graphs_mb << 20,
-        step_memory_bytes=cfg.link.step_memory_mb << 20 if cfg.link.step_memory_mb else None,
-        frames_bytes=cfg.link.frames_mb << 20 if cfg.link.frames_mb else None,
-        frame_limit_bytes=cfg.link.frame_limit_mb << 20,
-        answer_tokens=cfg.evaluate.max_tokens,
-        deadline_seconds=cfg.link.deadline_seconds,
+        limits=host_limits(cfg),
     ) as host:
         arm = _Arm(grid, nodes, cfg, tuple(overrides), inbox, host, align, common)
         rule = make(cfg.rule)
@@ -222,13 +214,13 @@ class _Inbox:
         self.folder, self.claims = folder, claims
         self.failed: FedmmError | None = None  # the folder did not take an update: the run cannot go on
 
-    def take(self, round: int, update: Update, traffic_of: Callable[[int], Mapping[tuple[int, str], Traffic]]) -> None:
+    def take(self, round: int, update: Update, moved: Moved) -> None:
         """Make an update safe. Raises ValueError with what its client is told where it is not: then it is not
         acknowledged."""
         if fault := self.claims.examples_fault(update.client, update.num_examples):
             raise ValueError(f"the update {fault}")
         try:
-            _write_moved(self.folder, round, traffic_of(update.client))
+            _write_moved(self.folder, round, moved)
             self.folder.save_update(round, update)  # now it is not asked for again, whoever is killed
             self.folder.event("update", round=round, client=update.client, loss=update.metrics.get("loss"))
         except FedmmError as error:
@@ -458,18 +450,11 @@ class _Arm:
             self.folder.event("score", round=state_round, client=order.client, right=right, count=count)
 
 
-CHANNEL = {
-    "state": "adapters", "update": "adapters", "card": "edge", "edge": "edge", "forward": "steps",
-    "backward": "steps", "loss": "steps", "squares": "steps", "generate": "answers", "known": "features",
-    "features": "features",
-}  # fmt: skip
-
-
 def channels(traffic: Mapping[tuple[int, str], Traffic]) -> dict[tuple[int, str], Traffic]:
     """Verbs as the ledger's channels; the Fisher is told apart from the adapters it travels with."""
     sums: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
     for (client, verb), row in traffic.items():
-        into = sums[client, CHANNEL.get(verb, "refused")]
+        into = sums[client, channel_of(verb)]
         into.frames += row.frames
         into.up_bytes += row.up_bytes - row.fisher_bytes
         into.down_bytes += row.down_bytes

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ HOST_TENSORS_LIMIT = 8192  # of a host's frame: the frozen parts of LLaVA-1.5-7B
 INDEX_ENTRY_BYTES = 512  # of a tensor's name and shape in a frame's index, at most on average; an encoder's are 110
 MAGIC = b"FMM1"
 METHOD = "/fedmm.Link/Session"
+PROTOCOL = 1
+"""The version of frames and messages. Each end tells the other as gRPC metadata; where it is missing it is 0."""
 GRPC_OPTIONS = [
     ("grpc.max_send_message_length", 2 * CHUNK_BYTES),
     ("grpc.max_receive_message_length", 2 * CHUNK_BYTES),
@@ -133,7 +135,25 @@ def decode(chunks: Iterator[bytes], limit_bytes: int, limit_tensors: int = HOST_
 
 def credentials(client: int, round: int, token: str) -> tuple[tuple[str, str], ...]:
     """Who is calling, as gRPC metadata: checked before a single frame is read."""
-    return (("fedmm-client", str(client)), ("fedmm-round", str(round)), ("fedmm-token", token))
+    return (("fedmm-client", str(client)), ("fedmm-round", str(round)), ("fedmm-token", token), *protocol())
+
+
+def protocol() -> tuple[tuple[str, str], ...]:
+    """The version that this end speaks, as gRPC metadata."""
+    return (("fedmm-protocol", str(PROTOCOL)),)
+
+
+def differs(metadata: Iterable[tuple[str, str | bytes]], this: str, other: str) -> str | None:
+    """Why this end cannot talk with the other, whose metadata this is; None where both speak one version."""
+    word = str(dict(metadata).get("fedmm-protocol", "0"))
+    version = int(word) if word.isdecimal() and len(word) < 10 else 0
+    if version == PROTOCOL:
+        return None
+    older = other if version < PROTOCOL else this
+    return (
+        f"{other} speaks version {version} of the link's protocol and {this} version {PROTOCOL}; "
+        f"upgrade fedmm at {older}"
+    )
 
 
 def _lay_out(tensors: Mapping[str, Tensor]) -> tuple[memoryview, ...]:

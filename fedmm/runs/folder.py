@@ -36,6 +36,8 @@ from omegaconf import OmegaConf
 from fedmm import tree
 from fedmm.config import targets
 from fedmm.config.composition import what
+from fedmm.link.messages import UpdateRequest
+from fedmm.link.wire import Frame
 from fedmm.storage import disk, machine_cache
 from fedmm.types import State, Update
 
@@ -134,13 +136,8 @@ class RunFolder:
 
     def save_update(self, round: int, update: Update) -> None:
         """Make an update safe the moment it arrives."""
-        tensors = tree.joined(delta=update.delta, fisher=update.fisher or {})
-        about = {
-            "num_examples": update.num_examples,
-            "fisher": update.fisher is not None,
-            "metrics": dict(update.metrics),
-        }
-        machine_cache.save(tensors, self._update(round, update.client), {"about": json.dumps(about)})
+        frame = UpdateRequest.of(update).to_frame()
+        machine_cache.save(frame.tensors, self._update(round, update.client), {"about": json.dumps(frame.meta)})
 
     def arrived(self, round: int) -> list[int]:
         """The clients whose updates of this round are safe, in client order."""
@@ -160,9 +157,8 @@ class RunFolder:
         for client, after in itertools.zip_longest(clients, clients[1:]):
             if after is not None:
                 machine_cache.read_ahead(self._update(round, after))
-            about = self.about(round, client)
-            delta, fisher = tree.parted(safetensors.torch.load_file(self._update(round, client)), "delta", "fisher")
-            yield Update(client, delta, about["num_examples"], fisher if about["fisher"] else None, about["metrics"])
+            tensors = safetensors.torch.load_file(self._update(round, client))
+            yield UpdateRequest.from_frame(Frame(UpdateRequest.verb, self.about(round, client), tensors)).update(client)
 
     def _update(self, round: int, client: int) -> Path:
         return self._journal(round) / f"client_{client:04d}.safetensors"

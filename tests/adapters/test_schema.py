@@ -17,7 +17,7 @@ from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.federation import client as client_side
 from fedmm.federation.export import export
-from fedmm.link.remote import HostRefused
+from fedmm.link.session import HostRefused
 from fedmm.methods.feddpa import feddpa
 from fedmm.methods.feddpa import schema as feddpa_schema
 from fedmm.methods.lora import lora

@@ -28,11 +28,11 @@ from fedmm.flower import inprocess
 from fedmm.flower import rounds as server_side
 from fedmm.flower.server_app import plan
 from fedmm.link import wire
-from fedmm.link.host import Host
 from fedmm.model import Model
 from fedmm.results import intervals
 from fedmm.runs import records, summary
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
+from fedmm.serving.host import Host
 from fedmm.storage import machine_cache
 from fedmm.types import FedmmError
 

@@ -11,7 +11,8 @@ from fedmm.codecs import Codecs
 from fedmm.edge import base, frozen_modules
 from fedmm.edge.nano_edge import Lora
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.link.remote import HostRefused, RemoteLLM
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import HostRefused
 from fedmm.losses import Mutual
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.model import Model
@@ -225,7 +226,10 @@ nan = torch.full((16, 4), float("nan"))
         ({"h__1": torch.zeros(3, 4)}, "'h.1' has shape"),
         ({"tokens": torch.full((3, 11), 99, dtype=torch.int32)}, r"'tokens' must lie in \[0, 20\)"),
         ({"image": torch.zeros(3, 11, dtype=torch.bool)}, r"'h.0' has shape \(12, 4\), wanted \(0, 4\)"),
-        ({"image": torch.arange(11).expand(3, 11) < 3}, "9 image positions and 12 image features"),
+        (
+            {"image": torch.arange(11).expand(3, 11) < 3, "h__0": torch.zeros(9, 4), "h__1": torch.zeros(22, 4)},
+            "9 image positions and 12 image features",
+        ),
         ({f"features__{b}": torch.zeros(1, 4, 7) for b in range(3)}, r"fp32 and 12 wide.*got \(1, 4, 7\)"),
         ({"features__1": None}, "'features.1' is missing"),
         ({"keys": torch.zeros(2, 16, dtype=torch.uint8)}, "'keys' has shape"),

@@ -18,10 +18,12 @@ from helpers import CountingProxy, gradients, served, visiting
 from fedmm import tree
 from fedmm.edge import frozen_modules
 from fedmm.link import tls, wire
-from fedmm.link.features import Features
-from fedmm.link.host import FREE_REFUSALS, Host
-from fedmm.link.remote import HostGone, HostRefused, RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import HostGone, HostRefused, Session
 from fedmm.model import Model
+from fedmm.serving.features import Features
+from fedmm.serving.host import Host
+from fedmm.serving.round import Traffic
 from fedmm.types import FedmmError
 
 
@@ -225,7 +227,7 @@ def ask(session, tensors, verb="loss", grad=True, **meta):
         ({"labels": torch.full((3, 3), 10_000)}, r"'labels' must lie in \[0"),
         ({"labels": torch.full((3, 3), -100)}, "no answer token"),
         ({"mask": torch.ones(3, 65, dtype=torch.bool)}, "65 positions, the LLM has 64"),
-        ({"keep": torch.zeros(3, 50, dtype=torch.int64)}, "'keep' names 50 positions"),
+        (dict.fromkeys(("keep", "labels"), torch.zeros(3, 50, dtype=torch.int64)), "'keep' names 50 positions"),
     ],
 )
 def test_a_step_with_a_wrong_tensor_is_refused_and_harms_nobody(link, edge, batch, changes, says):
@@ -351,7 +353,7 @@ def test_an_unknown_verb_names_the_known_ones(link):
 
 def test_what_a_client_sends_is_logged_in_few_and_short_lines(link, caplog, monkeypatch):
     """Found in a review: 65 MB of log in three seconds, and escapes that a terminal acts on."""
-    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("fedmm.serving.host.REFUSAL_PAUSE_SECONDS", 0.0)
     host, _ = link
     with visiting(host) as session:
         for i in range(40):
@@ -388,63 +390,8 @@ def test_a_frame_that_does_not_go_on_ends_its_session(llava, edge, local_llm):
         assert other.call("card").verb == "card"
 
 
-def test_sessions_that_take_too_much_memory_together_are_cut_from_the_largest(llava, edge, local_llm):
-    """Frames that only just keep moving held a frame's limit for each session."""
-    chunks = list(wire.encode(wire.Frame("echo", {}, {"x": torch.ones(1 << 20)})))  # 4 MiB
-    with (
-        served(llava, edge, local_llm, frame_limit_bytes=5 << 20, frames_bytes=1, deadline_seconds=2.0) as (host, _),
-        visiting(host, client=2) as other,
-        grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel,
-        ThreadPoolExecutor(2) as pool,
-    ):
-
-        def trickles(client: int, first: int) -> grpc.StatusCode:
-            def sent():
-                yield from chunks[:first]
-                for byte in chunks[first]:
-                    yield bytes([byte])
-                    time.sleep(0.2)
-
-            stream = channel.stream_stream(wire.METHOD)
-            replies = stream(sent(), metadata=wire.credentials(client, 1, host.token(1, client)))
-            with suppress(grpc.RpcError):
-                list(replies)
-            return replies.code()
-
-        small, large = pool.submit(trickles, 0, 2), pool.submit(trickles, 1, 4)
-        assert large.result(10) == grpc.StatusCode.CANCELLED
-        assert other.call("card").verb == "card" and not small.done()
-        host.close_round()
-
-
-def test_steps_that_wait_for_their_backward_count_by_their_bytes(llava, edge, local_llm, batch):
-    step = step_tensors(batch, edge)
-    with (
-        served(llava, edge, local_llm, pending=200, frame_limit_bytes=1 << 16, frames_bytes=1) as (host, _),
-        visiting(host) as session,
-        visiting(host, client=1) as other,
-    ):
-        with pytest.raises(HostGone, match="cancelled"):
-            for number in range(200):
-                ask(session, step, "forward", step=number)
-                time.sleep(0.02)
-        assert ask(other, step)["losses"].numel() == 1
-
-
-def test_who_is_refused_again_and_again_is_answered_late(link, batch, edge, monkeypatch):
-    """Steps that are refused cost the host as much as others, and stand in no queue."""
-    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 60.0)
-    host, _ = link
-    with visiting(host, client=1) as other:
-        for last in range(FREE_REFUSALS + 1):
-            with visiting(host, deadline_seconds=10.0 if last < FREE_REFUSALS else 0.5) as session:
-                with pytest.raises(HostRefused if last < FREE_REFUSALS else HostGone):
-                    session.call("train")
-        assert ask(other, step_tensors(batch, edge))["losses"].numel() == 1
-
-
 def test_a_silent_session_gives_way_to_a_client_that_waits(llava, edge, local_llm, monkeypatch):
-    monkeypatch.setattr("fedmm.link.host.IDLE_DEADLINES", 1)
+    monkeypatch.setattr("fedmm.serving.host.IDLE_DEADLINES", 1)
     with served(llava, edge, local_llm, sessions=1, deadline_seconds=1.0) as (host, _), visiting(host) as silent:
         silent.call("card")
         with visiting(host, client=1, turn_seconds=20.0) as waiting:
@@ -527,7 +474,8 @@ def test_a_port_that_is_taken_names_the_knob(llava, edge, local_llm):
 def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
     """Frames as large as real ones; gRPC's own framing is the difference, and less than 1%."""
     built, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4)
-    with served(llava, built, local_llm) as (host, _):
+    taken_along: dict[tuple[int, str], Traffic] = {}
+    with served(llava, built, local_llm, traffic=taken_along) as (host, _):
         proxy = CountingProxy(host.port)
         with visiting(host, address=proxy.address) as session:
             for _ in range(10):
@@ -540,7 +488,9 @@ def test_both_ends_count_what_goes_over_the_wire(llava, local_llm):
             sent, received = sum(session.sent_bytes.values()), sum(session.received_bytes.values())
         _, traffic = host.close_round()
         proxy.close()
-    up, down = (sum(getattr(row, way) for row in traffic.values()) for way in ("up_bytes", "down_bytes"))
+    rows = [*taken_along.values(), *traffic.values()]
+    up, down = (sum(getattr(row, way) for row in rows) for way in ("up_bytes", "down_bytes"))
+    assert taken_along.keys() == {(0, "loss"), (0, "update")} and traffic.keys() == {(0, "update")}
     assert (up, down) == (sent, received), "both ends count the same frames"
     assert up == pytest.approx(proxy.bytes["up"], rel=0.01)
     assert down == pytest.approx(proxy.bytes["down"], rel=0.01)
@@ -598,7 +548,7 @@ def test_an_update_is_safe_before_its_round_can_close(llava, edge, local_llm):
     """An update that is being written when the round ends is in the round; the round waits for it."""
     writing, order = threading.Event(), []
 
-    def slow_disk(round, update):
+    def slow_disk(round, update, moved):
         writing.set()
         time.sleep(0.5)
         order.append("safe")

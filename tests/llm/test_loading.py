@@ -8,11 +8,12 @@ from helpers import PROMPT, gradients, served, some_examples, visiting
 
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.link.engine import Engine, Rows
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.loading import llava as load
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
+from fedmm.serving.engine import Engine
+from fedmm.serving.passes import Rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*inputs will be cast.*"),  # of bitsandbytes, in fp32

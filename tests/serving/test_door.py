@@ -20,7 +20,8 @@ from helpers import ROOT, gradients, rounds, run, served, visiting
 
 from fedmm import tree
 from fedmm.link import tls
-from fedmm.link.remote import HostFull, HostRefused, RemoteLLM, Session
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import HostFull, HostRefused, Session
 from fedmm.model import Model
 
 HOST = ROOT / "tests" / "door_host.py"

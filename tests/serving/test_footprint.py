@@ -9,11 +9,11 @@ import torch
 from helpers import served, visiting
 
 from fedmm.bench import served as bench
-from fedmm.link.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes
-from fedmm.link.remote import HostRefused
+from fedmm.link.session import HostRefused
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import Mutual
 from fedmm.peak import peak_bytes
+from fedmm.serving.footprint import LEAST_BYTES, Curve, Footprint, Shape, default_limit_bytes
 from fedmm.types import Embeds
 
 SHAPES = replace(bench.SHAPES["toy"], T=256, D=128, V=500)

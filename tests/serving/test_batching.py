@@ -14,12 +14,13 @@ from helpers import gradients, served, some_examples, visiting
 from fedmm import seeds
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
-from fedmm.link.engine import Engine, Rows
-from fedmm.link.footprint import Footprint, Shape
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import Mutual
 from fedmm.model import Model
+from fedmm.serving.engine import Engine
+from fedmm.serving.footprint import Footprint, Shape
+from fedmm.serving.passes import Rows
 from fedmm.types import Embeds, FedmmError
 
 PROMPT = "<image> {question}"

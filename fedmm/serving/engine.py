@@ -34,12 +34,12 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fedmm.link.footprint import SMALL, Footprint, Shape
 from fedmm.llm.local import LocalLLM
-from fedmm.types import Embeds, FedmmError
+from fedmm.serving.footprint import SMALL, Footprint, Shape
+from fedmm.serving.passes import Begun, Passed, Rows, Values, finish, run_together, shape_of, with_graph
+from fedmm.types import FedmmError
 
 LARGE_NICE = 5  # a third of the weight of a thread at 0
 BUCKET = 1.25  # steps share a batch where the longest has at most so many times the positions of the shortest
@@ -49,49 +49,13 @@ class Busy(FedmmError):
     """No worker came free in time. The step cost its client nothing, and may be asked for again."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One branch of a step as it enters the LLM."""
-
-    embeds_BTD: Tensor
-    mask_BT: Tensor
-    keep_BA: Tensor
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What a pass gave: logits by branch, values of them, gradients by each branch's embeddings, its share of time."""
-
-    logits: list[Tensor]
-    values: Tensor
-    grads: list[Tensor]
-    seconds: float
-
-
-@dataclass(eq=False)
-class Begun:
-    """A client's forward that waits for its backward: its inputs and logits, and its graph where that is kept."""
-
-    client: int
-    rows: Rows
-    logits_BAV: Tensor
-    seconds: float
-    graph: tuple[Tensor, Tensor] | None = None  # embeddings and logits
-    graph_bytes: int = 0
-
-    @property
-    def bytes(self) -> int:
-        """What it takes beside its graph: its inputs twice, as they came and as their sum, and its logits."""
-        return 2 * self.rows.embeds_BTD.nbytes + self.logits_BAV.nbytes
-
-
 @dataclass(eq=False)
 class _Job:
     client: int
     shape: Shape
     work: Callable[[], Any] | None = None  # of another kind than a pass: it waits for its turn, and is never merged
     branches: Sequence[Rows] = ()
-    values: Callable[[list[Tensor]], Tensor] = lambda logits: torch.empty(0)
+    values: Values = lambda logits: torch.empty(0)
     start: int = 0  # when it comes before others, in work and not in seconds
     done: Future[Any] = field(default_factory=Future)
 
@@ -157,7 +121,7 @@ class Engine:
     def run(
         self,
         branches: Sequence[Rows],
-        values: Callable[[list[Tensor]], Tensor] = lambda logits: torch.empty(0),
+        values: Values = lambda logits: torch.empty(0),
         *,
         grad: bool = False,
         pairs: int = 0,
@@ -169,7 +133,7 @@ class Engine:
 
         Raises Busy where no worker came free in time, and whatever the pass itself raised.
         """
-        shape = replace(_shape(branches), grad=grad, pairs=pairs)
+        shape = replace(shape_of(branches), grad=grad, pairs=pairs)
         found: Passed = self._wait(_Job(client, shape, branches=branches, values=values))
         return found
 
@@ -179,7 +143,7 @@ class Engine:
             passed = self.run([rows], client=client)
             return Begun(client, rows, passed.logits[0], passed.seconds)
         (leaf, logits_BAV, graph_bytes), seconds = self.alone(
-            lambda: _with_graph(self._llm, rows), _shape([rows]), client
+            lambda: with_graph(self._llm, rows), shape_of([rows]), client
         )
         begun = Begun(client, rows, logits_BAV.detach(), seconds)
         with self._changed:
@@ -195,7 +159,7 @@ class Engine:
             return passed.grads[0], passed.seconds
         leaf, logits_BAV = begun.graph
         (grad_BTD,), seconds = self.alone(
-            lambda: torch.autograd.grad(logits_BAV, leaf, grad_BAV), _shape([begun.rows]), begun.client
+            lambda: torch.autograd.grad(logits_BAV, leaf, grad_BAV), shape_of([begun.rows]), begun.client
         )
         begun.graph, begun.graph_bytes = None, 0
         return grad_BTD, seconds
@@ -318,7 +282,11 @@ class Engine:
         """Run jobs together; where that fails, each for itself, so that nobody pays for another's fault or size."""
         results: list[Any] = []
         try:
-            results = [self._timed(jobs[0].work)] if jobs and jobs[0].work else self._together(jobs)
+            if jobs and jobs[0].work:
+                results = [self._timed(jobs[0].work)]
+            elif jobs:
+                steps, values = [job.branches for job in jobs], [job.values for job in jobs]
+                results = list(run_together(self._llm, steps, values, grad=jobs[0].grad))
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].done.set_exception(error)
@@ -330,51 +298,11 @@ class Engine:
         for job, result in zip(jobs, results, strict=True):
             job.done.set_result(result)
 
-    def _together(self, jobs: list[_Job]) -> list[Passed]:
-        if not jobs:
-            return []
-        began = time.perf_counter()
-        with torch.set_grad_enabled(jobs[0].grad):
-            leaves = [[branch.embeds_BTD.detach().requires_grad_(job.grad) for branch in job.branches] for job in jobs]
-            logits = self._logits(jobs, leaves)
-            values = [job.values(own) for job, own in zip(jobs, logits, strict=True)]
-            grads = iter(_gradients(values, [leaf for own in leaves for leaf in own]) if jobs[0].grad else ())
-        self._finish()
-        seconds = (time.perf_counter() - began) / max(1, sum(job.rows for job in jobs))
-        return [
-            Passed(
-                [part.detach() for part in own],
-                value.detach(),
-                [next(grads) for _ in job.branches] if job.grad else [],
-                seconds * job.rows,
-            )
-            for job, own, value in zip(jobs, logits, values, strict=True)
-        ]
-
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
         began = time.perf_counter()
         result = work()
-        self._finish()
+        finish(self._llm)
         return result, time.perf_counter() - began
-
-    def _finish(self) -> None:
-        """A pass is over when the device is done with it, not when its kernels are under way."""
-        if self._llm.device.type == "cuda":
-            torch.cuda.synchronize(self._llm.device)
-
-    def _logits(self, jobs: list[_Job], leaves: list[list[Tensor]]) -> list[list[Tensor]]:
-        """The logits of each job's branches: branch by branch where there is one job, else as one batch."""
-        if len(jobs) == 1:
-            pairs = zip(leaves[0], jobs[0].branches, strict=True)
-            return [[self._llm(Embeds.whole(leaf), branch.mask_BT, branch.keep_BA) for leaf, branch in pairs]]
-        branches = [branch for job in jobs for branch in job.branches]
-        T, A = max(job.length for job in jobs), max(branch.keep_BA.shape[1] for branch in branches)
-        flat = [leaf for own in leaves for leaf in own]
-        embeds_BTD = torch.cat([F.pad(leaf, (0, 0, 0, T - leaf.shape[1])) for leaf in flat])
-        mask_BT = torch.cat([F.pad(branch.mask_BT, (0, T - branch.mask_BT.shape[1])) for branch in branches])
-        keep_BA = torch.cat([F.pad(branch.keep_BA, (0, A - branch.keep_BA.shape[1])) for branch in branches])
-        merged = iter(self._llm(Embeds.whole(embeds_BTD), mask_BT, keep_BA).split([len(leaf) for leaf in flat]))
-        return [[next(merged)[:, : branch.keep_BA.shape[1]] for branch in job.branches] for job in jobs]
 
 
 def _yield_to_small_steps() -> None:
@@ -384,33 +312,3 @@ def _yield_to_small_steps() -> None:
     """
     if sys.platform == "linux":  # where a priority is a thread's own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LARGE_NICE)
-
-
-def _shape(branches: Sequence[Rows]) -> Shape:
-    """The size of branches that pass the LLM, as one job of them is counted."""
-    return Shape(
-        rows=sum(len(branch.embeds_BTD) for branch in branches),
-        positions=max(branch.embeds_BTD.shape[1] for branch in branches),
-        answers=max(branch.keep_BA.shape[1] for branch in branches),
-    )
-
-
-def _with_graph(llm: LocalLLM, rows: Rows) -> tuple[Tensor, Tensor, int]:
-    """The embeddings as a leaf, the logits, and the bytes that the graph between them holds beside the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for part in (llm.decoder, llm.head) for tensor in part.parameters()}
-    saved: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself would hold its own node where an operation saves its output: a leak
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        leaf = rows.embeds_BTD.detach().requires_grad_()
-        logits_BAV = llm(Embeds.whole(leaf), rows.mask_BT, rows.keep_BA)
-    return leaf, logits_BAV, sum(saved.values())
-
-
-def _gradients(values: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(torch.stack([value.sum() for value in values]).sum(), leaves, materialize_grads=True)
