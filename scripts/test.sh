@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# The whole test suite, lint and types: bash scripts/test.sh [PYTEST OPTION...]
+# Lint, types and tests on two cores: all tiers but nightly. With pytest's options it runs tests only.
+#
+#     bash scripts/test.sh [--fast] [PYTEST OPTION...]     --fast: only the unit tier
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up dev
 cd "$root"
+tiers=(-m "not nightly")
+if [ "${1:-}" = --fast ]; then
+    tiers=() # pyproject.toml chooses the unit tier
+    shift
+fi
 if [ $# -eq 0 ]; then
     say "lint"
     ruff check .
@@ -11,4 +18,4 @@ if [ $# -eq 0 ]; then
     mypy
 fi
 say "tests"
-python -m pytest "$@"
+python -m pytest -n 2 --dist worksteal "${tiers[@]}" "$@" # the last -n and the last -m win

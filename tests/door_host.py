@@ -11,7 +11,7 @@ import json
 import sys
 
 import torch
-from conftest import PROMPT
+from helpers import PROMPT
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fedmm import seeds, tree

@@ -52,6 +52,7 @@ _BODY_SECONDS = 60.0
 _HANDSHAKE_SECONDS = 5.0
 _CONNECTIONS = 1024  # more are told 503, so that they cannot take every descriptor
 CONNECTIONS_OF_ONE = 512  # machine, handshakes included; more are closed as they come
+_CLOSED_AT_ONCE = 64  # so that a machine that connects without end does not hold the event loop
 
 Headers = list[tuple[bytes, bytes]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -83,33 +84,33 @@ class Gate:
         try:
             if not known:
                 raise _Refused(404)
-            status, headers, content = await self._hand_on(asked, scope["headers"], receive)
+            await self._hand_on(asked, scope["headers"], receive, send)
         except _Refused as refused:
-            status, headers, content = refused.status, [], b""
-        headers.append((b"content-length", str(len(content)).encode()))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+            await _answer(send, refused.status)
 
-    async def _hand_on(self, path: str, headers: Headers, receive: Receive) -> tuple[int, Headers, bytes]:
+    async def _hand_on(self, path: str, headers: Headers, receive: Receive, send: Send) -> None:
         key = _signer(headers)
         with self._bodies.one_of(key) as grow:
             body = await _read(headers, receive, grow)
             if path == "/v1/fleet/push-messages":
                 _check_senders(body)
+            content = bytearray()
             try:
-                reply = await self._superlink.post(path, content=body, headers=_flowers(headers))
+                async with self._superlink.stream("POST", path, content=body, headers=_flowers(headers)) as reply:
+                    async for piece in reply.aiter_bytes():
+                        grow(len(piece))
+                        content += piece
             except httpx.HTTPError:
                 raise _Refused(502) from None
-        if reply.status_code == 200:
-            self._bodies.let_in(key)
-        content = reply.content
-        if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
-            content = _signed(content, self._signature)
-        return reply.status_code, _flowers(reply.headers.raw), content
+            if reply.status_code == 200:
+                self._bodies.let_in(key)
+            if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
+                content[:] = _signed(bytes(content), self._signature)
+            await _answer(send, reply.status_code, _flowers(reply.headers.raw), bytes(content))
 
 
 class _Bodies:
-    """Counts the bytes of all bodies that are here, whole or in part.
+    """Counts the bytes of all bodies that are here, whole or in part: of requests, and of replies until they are sent.
 
     Each key that the SuperLink has accepted has a share of its own. All other keys have one share together, since
     anyone can make new keys.
@@ -165,7 +166,7 @@ def _signer(headers: Headers) -> bytes:
 async def _read(headers: Headers, receive: Receive, grow: Callable[[int], None]) -> bytes:
     """The request's body."""
     declared = dict(headers).get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared) > BODY_LIMIT_BYTES:
+    if not declared.isdigit() or len(declared) > 12 or int(declared) > BODY_LIMIT_BYTES:
         raise _Refused(413)
     body = bytearray()
     try:
@@ -181,6 +182,14 @@ async def _read(headers: Headers, receive: Receive, grow: Callable[[int], None])
                     return bytes(body)
     except TimeoutError:
         raise _Refused(408) from None
+
+
+async def _answer(send: Send, status: int, headers: Headers | None = None, content: bytes = b"") -> None:
+    """Send an answer, to one who takes it within `_BODY_SECONDS`."""
+    whole = [*(headers or []), (b"content-length", str(len(content)).encode())]
+    async with asyncio.timeout(_BODY_SECONDS):
+        await send({"type": "http.response.start", "status": status, "headers": whole})
+        await send({"type": "http.response.body", "body": content})
 
 
 def _check_senders(body: bytes) -> None:
@@ -216,8 +225,8 @@ class Listener(socket.socket):
         self._open: Counter[object] = Counter()
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that may stay. Raises BlockingIOError where none waits."""
-        while True:
+        """The next connection that may stay. Raises BlockingIOError where none waits, or many had to go."""
+        for _ in range(_CLOSED_AT_ONCE):
             came, address = super().accept()
             machine = machine_of(address_of(address[0]))
             if self._open[machine] >= self.limit:
@@ -225,6 +234,7 @@ class Listener(socket.socket):
                 continue
             self._open[machine] += 1
             return _Connection(came, lambda: self._leave(machine)), address  # noqa: B023 (returned at once)
+        raise BlockingIOError("connections of machines that have enough are being closed; others get their turn")
 
     def _leave(self, machine: object) -> None:
         self._open -= Counter([machine])
@@ -283,6 +293,8 @@ def main() -> None:
         loop="fedmm.flower.gate:Loop",
         lifespan="off",
         interface="asgi3",
+        http="h11",  # it bounds a request's headers, by 64 KB; httptools does not
+        ws="none",
         limit_concurrency=_CONNECTIONS,
         proxy_headers=False,
         server_header=False,

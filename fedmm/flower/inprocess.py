@@ -26,11 +26,11 @@ from fedmm.types import FedmmError
 CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
-def run(arms: list[server_app.Arm]) -> Path:
-    """Run what `server_app.plan` made of some overrides, with all clients in this process."""
+def run(arms: list[server_app.Arm], *, page: bool = True) -> Path:
+    """Run what `server_app.plan` made of some overrides, with all clients in this process; `page`: its report too."""
     cfg = arms[0].cfg
     with InProcessGrid(cfg.clients, cfg.run.at_once or os.cpu_count() or 1) as grid:
-        return server_app.run(grid, arms)
+        return server_app.run(grid, arms, page=page)
 
 
 class InProcessGrid(Grid):

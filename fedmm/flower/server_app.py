@@ -64,16 +64,19 @@ def plan(overrides: list[str]) -> list[Arm]:
     return arms
 
 
-def run(grid: Grid, arms: list[Arm]) -> Path:
-    """Run the arms in turn and write the report. Returns the run's folder, which is there once the LLM is loaded."""
+def run(grid: Grid, arms: list[Arm], *, page: bool = True) -> Path:
+    """Run the arms in turn and write the report, unless `page` is false. Returns the run's folder.
+
+    The folder is there once the LLM is loaded. `fedmm report` writes the report later.
+    """
     for arm in arms:
         descriptors.claim(arm.cfg)
     held = whole(arms[0].cfg)
     with alone(arms[0].folder):
-        return _run(grid, arms, held)
+        return _run(grid, arms, held, page)
 
 
-def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
+def _run(grid: Grid, arms: list[Arm], held: Whole, page: bool) -> Path:
     folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
     top = folders[0]
     try:
@@ -82,8 +85,8 @@ def _run(grid: Grid, arms: list[Arm], held: Whole) -> Path:
         with closing(_feature_store(arms[0].cfg, top.path)) as store:
             for arm, folder in zip(arms, folders, strict=True):
                 run_arm(grid, nodes, arm.cfg, arm.overrides, held, folder, store)
-        report.write(top.path)
-        top.event("finished", report=str(top.path / "report.html"))
+        written = {"report": str(report.write(top.path))} if page else {}
+        top.event("finished", **written)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         with suppress(FedmmError):  # of a full disk: `error` says so already, and this one would hide it
