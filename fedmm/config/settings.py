@@ -92,7 +92,7 @@ class LinkConfig:
     workers: int = 2  # LLM passes at once, and a small one where large ones hold all; each on `threads` threads
     merge_rows: int = 0  # rows of clients' steps run as one batch: for a GPU. 0: each alone, no bit depends on company
     merge_wait_ms: float = 10.0  # for company, at most; a pass of a 7B model takes many times that
-    step_memory_mb: int | None = None  # of one step at the host; null: its share of what is free (link/footprint.py)
+    step_memory_mb: int | None = None  # of one step at the host; null: its share of what is free (serving/footprint.py)
     frames_mb: int | None = None  # of frames in work and steps that wait for their backward, over all sessions, at
     # least frame_limit_mb; beyond it the session with the most is cut. null: a tenth of the free memory
     graphs_mb: int = 1024  # of forwards that wait for their backward (link.loss=client); beyond it they run again

@@ -429,6 +429,7 @@ def test_a_host_that_sends_without_being_asked_fills_no_memory_of_a_client():
     sent: list[bytes] = []
 
     def endless(chunks, context):
+        context.send_initial_metadata(wire.protocol())
         yield from wire.encode(wire.Frame("open"))
         yield from wire.encode(wire.Frame("card"))
         for chunk in list(wire.encode(wire.Frame("echo", {}, {"x": torch.zeros(1 << 20)}))) * 100:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch import Tensor
 import fedmm
 from fedmm.codecs import Codecs
 from fedmm.link import messages, wire
-from fedmm.link.fields import Value, integer
+from fedmm.link.fields import Value, integer, places
 from fedmm.link.session import HostRefused, Session
 from fedmm.link.steps import DenseStep, FactoredStep, Term
 from fedmm.types import TokenTerm, Update
@@ -38,6 +39,21 @@ def test_the_table_of_messages_is_current():
     """A name that changes on the wire changes here: two ends of different versions would no longer understand it."""
     page = generator().page()
     assert (ROOT / "docs" / "MESSAGES.md").read_text() == page, "run: python scripts/messages.py"
+
+
+def test_no_other_file_of_the_link_spells_a_verb_or_a_tensor():
+    kinds = [*messages.REQUESTS, *(request.reply for request in messages.REQUESTS), DenseStep, FactoredStep]
+    tensors = [
+        one.name.removesuffix(".i") for kind in kinds for place in places(kind).values() for one in place.tensors
+    ]
+    spelled = {*tensors, *(request.verb for request in messages.REQUESTS), messages.Failure.FAILS, messages.Done.OPENS}
+    spelled -= {"image", "logits", "..."}  # a kind of positions; a word of an error; any name
+    package = Path(fedmm.__file__).parent
+    for path in (*package.glob("link/*.py"), *package.glob("serving/*.py")):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        if path.name not in ("messages.py", "steps.py"):
+            assert not strings & spelled, f"{path.name} spells {strings & spelled}; name it by its message"
 
 
 MASK_BT = torch.tensor([[True, True, True], [True, True, False]])
