@@ -2,10 +2,10 @@
 
 fedmm run rounds=2 seed=7 run.dir=DIR       a whole federation in this process (overrides as Hydra knows them)
 fedmm watch DIR                             live progress of a run, wherever it runs, from its folder
-fedmm sweep DIR arm=fedavg,local seed=0,1   every combination, a run each; goes on where it was stopped
+fedmm sweep DIR arm=fedavg,local seed=0,1   a run for every combination; continues where it was stopped
 fedmm compare DIR...                        one table of several runs: mean and 95% interval over their seeds
 fedmm export DIR FOLDER                     the tuned model of a run as an ordinary Hugging Face checkpoint
-fedmm bench NAME [--size real]              what a part costs, a line of JSON for each figure; toy takes seconds
+fedmm bench NAME [--size real]              times, bytes and memory, a line of JSON for each figure; toy takes seconds
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from fedmm.types import FedmmError
 
 BENCHES = ("link", "host", "memory", "aggregate", "rounds", "trust")  # modules of fedmm.bench
-AGAINST = "what the others are set against: an arm's label (default: FedAvg), or a setting, as fault=none"
+AGAINST = "what the others are compared with: an arm's label (default: FedAvg), or a setting such as fault=none"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,12 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         "--tune", help="a setting to choose for each combination on validation data: optimizer.lr=3e-3,6e-3"
     )
     sweep.add_argument(
-        "--tune-across", metavar="KEYS", help="choose one value for combinations that differ in these alone: scenario"
+        "--tune-across",
+        metavar="KEYS",
+        help="choose one value for all combinations that differ only in these keys, such as scenario",
     )
     sweep.add_argument(
         "--known",
         type=Path,
-        help="records (.jsonl, as compare --into leaves them) or a sweep's folder: what is there is not run again",
+        help="a file of records (.jsonl) or a sweep's folder: runs in it are not repeated",
     )
     sweep.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one a core")
     sweep.add_argument("--against", help=AGAINST)
@@ -59,13 +61,14 @@ def main(argv: list[str] | None = None) -> int:
         "paths", type=Path, nargs="+", metavar="path", help="a run's or sweep's folder, or a file of records"
     )
     compare.add_argument(
-        "--into", type=Path, help="a markdown file to write the table to; beside it a picture and a file of records"
+        "--into", type=Path, help="a markdown file for the table; a picture and a file of records are written beside it"
     )
+    compare.add_argument("--records", type=Path, help="where the file of records goes; default: beside --into's page")
     compare.add_argument("--against", help=AGAINST)
     export = commands.add_parser("export", help="write the tuned model as a checkpoint")
     export.add_argument("dir", type=Path)
     export.add_argument("folder", type=Path)
-    bench = commands.add_parser("bench", help="measure what a part costs")
+    bench = commands.add_parser("bench", help="measure times, bytes and memory")
     bench.add_argument("name", choices=BENCHES)
     bench.add_argument("--size", choices=("toy", "real"), default="toy", help="real: LLaVA-1.5-7B's; takes minutes")
     argv = sys.argv[1:] if argv is None else argv
@@ -76,11 +79,14 @@ def main(argv: list[str] | None = None) -> int:
         from fedmm.results.progress import watch as show
 
         if not args.dir.exists() or (args.dir / "runs").is_dir():
-            sweeps = f"a sweep; watch a run of it, in {args.dir / 'runs'}"
-            what = sweeps if args.dir.exists() else "not there yet; waiting for it"
+            sweeps = f"a sweep; watch one of its runs in {args.dir / 'runs'}"
+            what = sweeps if args.dir.exists() else "missing; waiting until a run makes it"
             print(f"{args.dir} is {what}", file=sys.stderr)
         until = (lambda: not _alive(args.pid)) if args.pid else None
-        return show(args.dir, until=until, stall_seconds=args.stall)
+        try:
+            return show(args.dir, until=until, stall_seconds=args.stall)
+        except KeyboardInterrupt:
+            return 130
     if args.command == "export":
         return _export(args.dir, args.folder)
     if args.command == "bench":
@@ -134,7 +140,7 @@ def _sweep(args: argparse.Namespace, typed: str) -> int:
         )
         print(results.write(args.dir / runner.PAGE, made, args.against, typed, anew=True).read_text())
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command continues", file=sys.stderr)
         return 130
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -151,11 +157,13 @@ def _compare(args: argparse.Namespace, typed: str) -> int:
     from fedmm.sweep import results
 
     try:
+        if args.records and not args.into:
+            raise ValueError(f"--records {args.records} needs a page: give --into FILE.md too")
         found = records.load(args.paths)
         rows = intervals.rows(found.runs)
         print(table.markdown(rows, table.columns(args.against, rows)))
         if args.into:
-            print(results.write(args.into, found, args.against, typed))
+            print(results.write(args.into, found, args.against, typed, records_to=args.records))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

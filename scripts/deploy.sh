@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A deployment, part by part; README.md says which runs where, docs/SECURITY.md why, and loopback.sh runs them all here.
+# A deployment, step by step; docs/DEPLOYMENT.md says which runs where, docs/SECURITY.md why; loopback.sh runs them all here.
 #
 #     bash scripts/deploy.sh PART ARGUMENT...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -13,4 +13,4 @@ calm=(partition=iid dataset.vocabulary=english dataset.test=2000 optimizer.lr=3e
 fedmm sweep runs/garbage arm=local,centralised "${calm[@]}"
 fedmm sweep runs/garbage arm=fedavg,median,trimmed_mean,krum fault=none,scaled,flipped,not_finite "${calm[@]}" \
     --against fault=none
-[ $# -gt 0 ] || fedmm compare runs/garbage --against fault=none --into docs/GARBAGE.md
+[ $# -gt 0 ] || fedmm compare runs/garbage --against fault=none --into docs/GARBAGE.md --records docs/records/GARBAGE.jsonl

@@ -14,4 +14,4 @@ fedmm sweep runs/long_tail "arm=$arms" dataset.imbalance=50,10 "${common[@]}"
 fedmm sweep runs/long_tail arm=fedavg_distilled,mllmfl_oracle 'data="long_tail, dataset.imbalance=50"' "${common[@]}"
 fedmm sweep runs/long_tail_llm arm=fedavg,fedavg_pretrained,balanced_tuning,mllmfl head=llm 'data="long_tail, head=llm"' \
     rounds=8 epochs=2 "${common[@]}"
-fedmm compare runs/long_tail runs/long_tail_llm --into docs/LONG_TAIL.md
+fedmm compare runs/long_tail runs/long_tail_llm --into docs/LONG_TAIL.md --records docs/records/LONG_TAIL.jsonl

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real deployment on one machine: a server and two sites, as README.md sets them up on real machines.
+# A real deployment on one machine: a server and two sites, as docs/DEPLOYMENT.md sets them up on real machines.
 #
 #     bash scripts/loopback.sh [OVERRIDE...]      e.g. bash scripts/loopback.sh rounds=2
 #

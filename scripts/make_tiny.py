@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from fedmm.data.glyphs import Glyphs, open_digits
-from fedmm.data.scenes import (
+from fedmm.data.scene_plans import (
     ASKED,
     COLOURS,
     KINDS,
@@ -49,10 +49,9 @@ from fedmm.data.scenes import (
     VOCABULARIES,
     Plan,
     ask,
-    draw,
     plan_scenes,
-    scenes,
 )
+from fedmm.data.scenes import draw, scenes
 from fedmm.llm.packing import pack
 from fedmm.types import IGNORE, Example
 
@@ -428,8 +427,8 @@ took {seconds:.0f} s on two cores, PyTorch {torch.__version__}.
 
 Exact match after rounding to fp16, {date.today().isoformat()}: 2,000 fresh open scenes, 1,000 handwritten ones each
 (validation glyphs; the test split was not looked at). "plain" has the model's own colours, "english" are its own
-words; the others are sites of `fedmm/data/scenes.py`, with their palettes and scanners, asked with their own words but
-for those that `KEPT` names there.
+words; the others are sites of `fedmm/data/scene_plans.py`, with their palettes and scanners, asked with their own
+words but for those that `KEPT` names there.
 
 | scenes | {" | ".join(kinds)} |
 |---|{"---|" * len(kinds)}

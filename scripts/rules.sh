@@ -19,4 +19,4 @@ sweep "arm=$lowrank,norm_clip,local,centralised" "$@" --tune optimizer.lr=3e-3,6
 sweep arm=fedavgm optimizer.lr=6e-3 "$@" --tune rule.lr=0.03,0.1,0.3
 sweep arm=fedadam,fedyogi optimizer.lr=6e-3 "$@" --tune rule.lr=3e-4,1e-3,3e-3
 sweep arm=fedavg_llm "$@" --tune optimizer.lr=1.2e-2,2.4e-2,4.8e-2
-[ $# -gt 0 ] || fedmm compare runs/rules --into docs/RULES.md
+[ $# -gt 0 ] || fedmm compare runs/rules --into docs/RULES.md --records docs/records/RULES.jsonl

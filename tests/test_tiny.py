@@ -12,11 +12,11 @@ import torch
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
-from fedmm.data import glyphs, scenes
+from fedmm.data import glyphs, scene_plans, scenes
 from fedmm.llm import packing
 
 TINY = ROOT / "fedmm" / "assets" / "tiny_llava"
-CLIENT_WORDS = [word for words in scenes.VOCABULARIES.values() for word in words.values()]
+CLIENT_WORDS = [word for words in scene_plans.VOCABULARIES.values() for word in words.values()]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_prompt_answer_and_end_are_separate_tokens(tiny):
 
 def test_every_word_of_every_site_is_one_known_token(tiny):
     _, processor = tiny
-    made = scenes.scenes(train=70, validation=0, test=0, styles=tuple(scenes.SITES))["train"]
+    made = scenes.scenes(train=70, validation=0, test=0, styles=tuple(scene_plans.SITES))["train"]
     for example in made:
         for text in (example.question, example.answer):
             tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -124,11 +124,11 @@ def test_pretraining_text_held_no_client_word(script):
 
 def test_patches_are_labelled_by_what_lies_under_them(script):
     """A single digit in the very middle, 24 pixels: the four middle patches and no corner."""
-    plan = scenes.plan_scenes(np.random.default_rng(0), 1, glyphs.handwriting("train"), ("plain",), ("count",))
+    plan = scene_plans.plan_scenes(np.random.default_rng(0), 1, glyphs.handwriting("train"), ("plain",), ("count",))
     plan.shown[0], plan.centres[0, 0], plan.sizes[0, 0], plan.digits[0, 0], plan.colours[0, 0] = 1, 0, 24, 7, 3
     digits, colours = (labels.view(6, 6) for labels in script.under_patches(plan))
     assert (digits[2:4, 2:4] == 7).all() and (colours[2:4, 2:4] == 3).all()
-    assert digits[0, 0] == 10 and colours[5, 5] == len(scenes.COLOURS)
+    assert digits[0, 0] == 10 and colours[5, 5] == len(scene_plans.COLOURS)
 
 
 def test_client_words_stand_where_they_started_and_others_do_not(tiny, script):
@@ -137,7 +137,7 @@ def test_client_words_stand_where_they_started_and_others_do_not(tiny, script):
     start, _ = script.build()
     before, after = (m.get_input_embeddings().weight.detach() for m in (start, model))
     rows = processor.tokenizer.convert_tokens_to_ids(CLIENT_WORDS)
-    own = processor.tokenizer.convert_tokens_to_ids(list(scenes.ASKED))
+    own = processor.tokenizer.convert_tokens_to_ids(list(scene_plans.ASKED))
     assert after[rows].equal(before[rows].half().float())
     assert (after[own] - before[own]).norm(dim=1).min() > 0.05
     assert 0.5 < after[rows].norm(dim=1).mean() / after[own].norm(dim=1).mean() < 2

@@ -93,6 +93,8 @@ class LinkConfig:
     merge_rows: int = 0  # rows of clients' steps run as one batch: for a GPU. 0: each alone, no bit depends on company
     merge_wait_ms: float = 10.0  # for company, at most; a pass of a 7B model takes many times that
     step_memory_mb: int | None = None  # of one step at the host; null: its share of what is free (link/footprint.py)
+    frames_mb: int | None = None  # of frames in work and steps that wait for their backward, over all sessions, at
+    # least frame_limit_mb; beyond it the session with the most is cut. null: a tenth of the free memory
     graphs_mb: int = 1024  # of forwards that wait for their backward (link.loss=client); beyond it they run again
 
 
@@ -163,7 +165,7 @@ class Config:
 
 PLACES = (
     "run", "link.bind", "link.address", "link.tls", "link.deadline_seconds", "link.frame_limit_mb", "link.sessions",
-    "link.pending", "link.workers", "link.merge_wait_ms", "link.graphs_mb", "link.step_memory_mb",
+    "link.pending", "link.workers", "link.merge_wait_ms", "link.graphs_mb", "link.step_memory_mb", "link.frames_mb",
     "link.cache_memory_mb", "link.cache_disk_mb",
 )  # fmt: skip
 """Settings of where and how long: no bit of what is trained depends on them."""
@@ -192,7 +194,7 @@ AT_LEAST = {
     "edge.cache_memory_mb": 0, "edge.cache_disk_mb": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
     "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,
-    "link.merge_wait_ms": 0, "link.graphs_mb": 0, "link.step_memory_mb": 1,
+    "link.merge_wait_ms": 0, "link.graphs_mb": 0, "link.step_memory_mb": 1, "link.frames_mb": 1,
     "link.cache_memory_mb": 0, "link.cache_disk_mb": 0,
     "run.round_seconds": 1, "run.wait_seconds": 1, "run.examples": 0, "run.max_examples": 1,
     "run.report_limit_mb": 1,

@@ -52,8 +52,9 @@ def classification(
         or set(ids or ()) - {*splits}
     ):
         raise ValueError(
-            f"dataset.splits={splits} needs train, and no public; set dataset.validation={validation} to 0 where it "
-            f"has one, and name in dataset.ids={dict(ids or {})} splits that are there"
+            f"dataset.splits={splits} must have train and must not have public; with a validation split set "
+            f"dataset.validation={validation} to 0; dataset.ids={dict(ids or {})} may name only splits of "
+            "dataset.splits"
         )
     sources = {theirs: _source(path, name, theirs, image, label, question) for theirs in dict.fromkeys(splits.values())}
     chosen: dict[str, list[int]] = {ours: list(range(len(sources[theirs]))) for ours, theirs in splits.items()}
@@ -166,7 +167,8 @@ def _source(path: str, name: str | None, split: str, image: str, label: str, que
     classes = list(rows[label][:])
     if unlabelled := sum(c is None or c < 0 for c in classes):
         raise ValueError(
-            f"{path}: {unlabelled} of {len(classes)} in {split} have no label; set dataset.splits to another"
+            f"{path}: {unlabelled} of {len(classes)} examples in {split} have no label; choose another split in "
+            "dataset.splits"
         )
     return _Source(path, split, rows.select_columns([image]), image, classes, rows.features[label].names, question)
 
@@ -183,8 +185,8 @@ def _asked(path: str, name: str | None, split: str, images: Sequence[str], colum
     said = [named.int2str(a) if isinstance(named, datasets.ClassLabel) and a is not None else _said(a) for a in given]
     if unanswered := sum(not text for text in said):
         raise ValueError(
-            f"{path}: {unanswered} of {len(said)} in {split} have no answer, as often in test splits; set its splits "
-            "to others, or to parts of them as in validation[:50%]"
+            f"{path}: {unanswered} of {len(said)} examples in {split} have no answer, as is usual in test splits; "
+            "choose other splits, or slices of them such as validation[:50%]"
         )
     labels = {column: list(rows[column][:]) for knob, column in columns.items() if knob.startswith("labels")}
     return _Asked(split, rows.select_columns(list(images)), images, asked, said, labels)
@@ -209,12 +211,12 @@ def _rows(path: str, name: str | None, split: str, wanted: Mapping[str, tuple[st
     except ValueError as error:  # an unknown split or configuration: it lists those that there are
         raise ValueError(f"{path}: {error}; set dataset.splits or dataset.name") from error
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(f"{path} is no folder with data here, nor found on the hub ({error}); set its path "
-                         "(the variable FEDMM_DATA where it lies under that)") from error  # fmt: skip
+        raise ValueError(f"{path} is neither a folder with data on this machine nor a dataset on the hub ({error}); "
+                         "set its path, or FEDMM_DATA to the folder that contains it") from error  # fmt: skip
     has = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in rows.features.items())
     for knob, (column, kind) in wanted.items():
         if column not in rows.features or not isinstance(rows.features[column], kind):
-            what = "has no such column" if column not in rows.features else f"has no {kind.__name__} there"
+            what = "has no such column" if column not in rows.features else f"has no {kind.__name__} in that column"
             raise ValueError(f"dataset.{knob}={column}: {path} {what}; set it to one of {has}")
     return rows
 
@@ -229,8 +231,8 @@ def _hold_out(source: _Source, pool: Iterable[int], each: Mapping[str, int], see
     for c, rows in members.items():
         if rows and len(rows) < sum(each.values()):
             raise ValueError(
-                f"{source.path} has {len(rows)} of {source.names[c]!r} to hold out {dict(each)} of; lower the "
-                "dataset's public or validation"
+                f"{source.path} has {len(rows)} examples of {source.names[c]!r}, too few to hold out {dict(each)}; "
+                "lower dataset.public or dataset.validation"
             )
         drawn = rng.permutation(rows).tolist()
         for name, count in each.items():
@@ -242,14 +244,14 @@ def _hold_out(source: _Source, pool: Iterable[int], each: Mapping[str, int], see
 def _listed(source: _Source, file: Path, ours: str) -> list[int]:
     """The rows whose files a list names, in its order. Raises ValueError where one is missing or of another class."""
     if not file.is_file():
-        raise ValueError(f"dataset.ids.{ours}={file} is no file; set it to the list's path, or dataset.ids to null")
+        raise ValueError(f"dataset.ids.{ours}={file} is not a file; set it to the list's path, or set dataset.ids=null")
     files = source.files()
     if None in files:
-        raise ValueError(f"dataset.ids goes by file names, which the images of {source.path} have not; set it to null")
+        raise ValueError(f"dataset.ids needs file names, but images of {source.path} have none; set dataset.ids=null")
     rows = {_stem(str(name)): row for row, name in enumerate(files)}
     lines = [line for line in file.read_text().splitlines() if line.strip()]
     if wrong := [line for line in lines if not re.fullmatch(r"\s*\S.*\s\d+\s*", line)]:
-        raise ValueError(f"{file} has the line {wrong[0]!r}; wanted a file's path and the number of its class in each")
+        raise ValueError(f"{file} has the line {wrong[0]!r}; each line must be a file's path and its class number")
     asked = [line.rsplit(maxsplit=1) for line in lines]
     missing = [path for path, _ in asked if _stem(path) not in rows]
     if missing:
@@ -260,8 +262,8 @@ def _listed(source: _Source, file: Path, ours: str) -> list[int]:
     for path, c in asked:
         if source.classes[rows[_stem(path)]] != int(c):
             raise ValueError(
-                f"{file} says that {path} is of class {c}, {source.path} that it is of "
-                f"{source.classes[rows[_stem(path)]]}; they number classes differently, and dataset.ids cannot be used"
+                f"{path} has class {c} in {file} and class {source.classes[rows[_stem(path)]]} in {source.path}; they "
+                "number classes differently, so set dataset.ids=null"
             )
     return [rows[_stem(path)] for path, _ in asked]
 

@@ -31,8 +31,8 @@ def joined(
     for split in splits:
         if split != "public" and (without := [name for name, made in found.items() if not made.get(split)]):
             raise ValueError(
-                f"{split} is empty or missing in {', '.join(without)}, not in others; give dataset.of.{without[0]} "
-                "one, or leave it out"
+                f"split {split} is empty or missing in {', '.join(without)}, but other datasets have it; give "
+                f"dataset.of.{without[0]} one, or leave that dataset out"
             )
     return {split: _Joined({name: made.get(split, ()) for name, made in found.items()}) for split in splits}
 

@@ -36,19 +36,20 @@ def long_tail(
     if imbalance < 1 or not available or (largest is not None and largest < 1):
         raise ValueError(
             f"long_tail has imbalance={imbalance:g}, largest={largest} and {sum(available)} examples in train; set "
-            "dataset.imbalance to 1 or more, dataset.largest to 1 or more or null, and give it examples"
+            "dataset.imbalance to 1 or more, dataset.largest to null or to 1 or more, and use a dataset with examples"
         )
     counts = long_tail_counts(len(groups), min(available) if largest is None else largest, imbalance)
     if not counts[-1]:
         raise ValueError(
-            f"long_tail leaves none of {by} {list(groups)[-1]!r} in train: {counts[0]} of the head over "
-            f"imbalance={imbalance:g} is less than one; lower dataset.imbalance or raise dataset.largest"
+            f"long_tail leaves no example with {by} {list(groups)[-1]!r} in train: the commonest value has "
+            f"{counts[0]}, and that over imbalance={imbalance:g} is less than one; lower "
+            "dataset.imbalance or raise dataset.largest"
         )
     for value, have, want in zip(groups, available, counts, strict=True):
         if have < want:
             raise ValueError(
-                f"long_tail wants {want} of {by} {value!r} in train, which has {have}; lower dataset.largest={largest} "
-                f"or set it to null for {min(available)}, or raise the size of dataset.of"
+                f"long_tail needs {want} examples with {by} {value!r} in train, but there are {have}; lower "
+                f"dataset.largest={largest}, set it to null (then it is {min(available)}), or enlarge dataset.of"
             )
     rng = np.random.default_rng(seed)
     kept = [rng.permutation(members)[:count] for members, count in zip(groups.values(), counts, strict=True)]

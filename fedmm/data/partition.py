@@ -60,8 +60,8 @@ def dirichlet(
             part.extend(some.tolist())
     if min_examples * num_clients > len(examples):
         raise ValueError(
-            f"partition=dirichlet wants {min_examples} examples for each of clients={num_clients}, but there are "
-            f"{len(examples)}; lower clients or partition.min_examples, or raise the dataset's size"
+            f"partition=dirichlet needs {min_examples} examples for each of {num_clients} clients, but the dataset has "
+            f"{len(examples)}; lower clients or partition.min_examples, or use a larger dataset"
         )
     return _checked("dirichlet", _levelled(parts, min_examples, rng), examples)
 
@@ -84,9 +84,9 @@ def by_label(
     L = len(groups.trained)
     if num_clients > L and not share:
         raise ValueError(
-            f"partition.by={by} finds {L} values in the dataset ({', '.join(groups.trained)}) for "
-            f"clients={num_clients}; lower clients, take a dataset with more (scenario=domain, function, scene or task "
-            "sets both), or let clients share them with partition.share=true"
+            f"partition.by={by} gives each client one value, but the dataset has {L} ({', '.join(groups.trained)}) for "
+            f"clients={num_clients}; lower clients, set partition.share=true so that clients share a value, or choose "
+            "a dataset with more values (scenario=domain, function, scene or task sets both)"
         )
     parts: Parts = [[] for _ in range(num_clients)]
     for value, members in enumerate(groups.all):
@@ -188,8 +188,8 @@ def _even(mix_KC: Float[np.ndarray, "K C"], counts: Sequence[int]) -> Int[np.nda
 def _checked(partition: str, parts: Parts, examples: Sequence[Example]) -> Parts:
     if not all(parts):
         raise ValueError(
-            f"partition={partition} needs at least one example per client: {len(examples)} examples, "
-            f"clients={len(parts)}, of which {sum(not part for part in parts)} would have none; lower clients, or "
-            "raise dataset.train (or the size of the split that is scored)"
+            f"partition={partition} needs at least one example per client, but with {len(examples)} examples and "
+            f"clients={len(parts)}, {sum(not part for part in parts)} would have none; lower clients, or raise "
+            "dataset.train (or the size of the split that is scored)"
         )
     return parts

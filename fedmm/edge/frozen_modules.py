@@ -10,10 +10,10 @@ import functools
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from fedmm.types import State
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PretrainedConfig, ProcessorMixin
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _COMPACT = "file/compact.json"  # the plan of a compact encoder, where there is one
 _FILES = (".json", ".jinja", ".model", ".txt")  # what a processor may consist of
 _VISION_MODELS = ("clip_vision_model", "siglip_vision_model", "dinov2")
@@ -131,15 +132,17 @@ def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
     from transformers import AutoModel
 
     if _COMPACT in parts:
-        compact = empty_compact(parts, _plan(parts))
-        _load(compact, "encoder", parts)
+        compact = _load(lambda: empty_compact(parts, _plan(parts)), "encoder", parts)
         return Encoder(compact, layer=0, drop_first=False)
     config = _config(parts)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
-    tower = AutoModel.from_config(
-        config.vision_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    tower = _load(
+        lambda: AutoModel.from_config(
+            config.vision_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        ),
+        "encoder",
+        parts,
     )
-    _load(tower, "encoder", parts)
     drop_first = config.vision_feature_select_strategy == "default"
     return Encoder(tower, layer=config.vision_feature_layer, drop_first=drop_first)
 
@@ -148,13 +151,16 @@ def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tens
     """Connector, in fp32, and token table from what `take` gave: what forms a base, at a client and at the host."""
     config = _config(parts)
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    connector = Connector(
-        layers * config.vision_config.hidden_size,
-        config.text_config.hidden_size,
-        activation=config.projector_hidden_act,
-        bias=config.multimodal_projector_bias,
+    connector = _load(
+        lambda: Connector(
+            layers * config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            activation=config.projector_hidden_act,
+            bias=config.multimodal_projector_bias,
+        ),
+        "connector",
+        parts,
     )
-    _load(connector, "connector", parts)
     return connector.eval().requires_grad_(False), parts["table"]
 
 
@@ -220,9 +226,12 @@ def _config(parts: Mapping[str, torch.Tensor]) -> Any:
 
     config = _file(parts, "config.json")
     vision = config.get("vision_config")
-    kinds = config.get("model_type"), vision.get("model_type") if isinstance(vision, dict) else None
+    vision = vision if isinstance(vision, dict) else {}
+    kinds = config.get("model_type"), vision.get("model_type")
     if kinds[0] != "llava" or kinds[1] not in _VISION_MODELS:
         raise ValueError(f"the host's model is {kinds}; a client runs llava with {', '.join(_VISION_MODELS)}")
+    if isinstance(layers := vision.get("num_hidden_layers"), int) and layers > len(parts):
+        raise ValueError(f"the host's config says {layers} layers, and it sent {len(parts)} tensors")
     return LlavaConfig.from_dict(config)
 
 
@@ -236,13 +245,19 @@ def _file(parts: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
     return value
 
 
-def _load(module: nn.Module, part: str, parts: Mapping[str, torch.Tensor]) -> None:
-    """Copy one part into `module`, a tensor at a time: mapped from a file, it is so never in memory whole."""
-    wanted = {f"{part}/{name}": tensor for name, tensor in module.state_dict().items()}
+def _load(make: Callable[[], _Module], part: str, parts: Mapping[str, torch.Tensor]) -> _Module:
+    """Make a module and copy one part into it, a tensor at a time: mapped from a file, it is so never in memory whole.
+
+    Names and shapes are compared first, on a module without memory: a config of a kilobyte may name gigabytes.
+    """
+    with torch.device("meta"):
+        wanted = {f"{part}/{name}": tensor.shape for name, tensor in make().state_dict().items()}
     if odd := wanted.keys() ^ {name for name in parts if name.startswith(f"{part}/")}:
         raise ValueError(f"the host's {part} is not what its config says: {sorted(odd)[:3]}")
-    for name, tensor in wanted.items():
-        came = parts[name]
-        if came.shape != tensor.shape:
-            raise ValueError(f"{name!r} has shape {tuple(came.shape)}, the host's config says {tuple(tensor.shape)}")
-        tensor.copy_(came)
+    for name, shape in wanted.items():
+        if (came := parts[name].shape) != shape:
+            raise ValueError(f"{name!r} has shape {tuple(came)}, the host's config says {tuple(shape)}")
+    module = make()
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(parts[f"{part}/{name}"])
+    return module

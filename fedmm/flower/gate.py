@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import resource
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,6 +37,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from google.protobuf.message import DecodeError
 
 from fedmm.flower import signing
+from fedmm.link.door import address_of, machine_of
 
 FLEET = frozenset(
     f"/v1/fleet/{call}"
@@ -49,6 +51,8 @@ BODIES_LIMIT_BYTES = 256 << 20  # of all bodies that are here at once, and one s
 _BODY_SECONDS = 60.0
 _HANDSHAKE_SECONDS = 5.0
 _CONNECTIONS = 1024  # more are told 503, so that they cannot take every descriptor
+CONNECTIONS_OF_ONE = 512  # machine, handshakes included; more are closed as they come
+_CLOSED_AT_ONCE = 64  # so that a machine that connects without end does not hold the event loop
 
 Headers = list[tuple[bytes, bytes]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -80,33 +84,33 @@ class Gate:
         try:
             if not known:
                 raise _Refused(404)
-            status, headers, content = await self._hand_on(asked, scope["headers"], receive)
+            await self._hand_on(asked, scope["headers"], receive, send)
         except _Refused as refused:
-            status, headers, content = refused.status, [], b""
-        headers.append((b"content-length", str(len(content)).encode()))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+            await _answer(send, refused.status)
 
-    async def _hand_on(self, path: str, headers: Headers, receive: Receive) -> tuple[int, Headers, bytes]:
+    async def _hand_on(self, path: str, headers: Headers, receive: Receive, send: Send) -> None:
         key = _signer(headers)
         with self._bodies.one_of(key) as grow:
             body = await _read(headers, receive, grow)
             if path == "/v1/fleet/push-messages":
                 _check_senders(body)
+            content = bytearray()
             try:
-                reply = await self._superlink.post(path, content=body, headers=_flowers(headers))
+                async with self._superlink.stream("POST", path, content=body, headers=_flowers(headers)) as reply:
+                    async for piece in reply.aiter_bytes():
+                        grow(len(piece))
+                        content += piece
             except httpx.HTTPError:
                 raise _Refused(502) from None
-        if reply.status_code == 200:
-            self._bodies.let_in(key)
-        content = reply.content
-        if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
-            content = _signed(content, self._signature)
-        return reply.status_code, _flowers(reply.headers.raw), content
+            if reply.status_code == 200:
+                self._bodies.let_in(key)
+            if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
+                content[:] = _signed(bytes(content), self._signature)
+            await _answer(send, reply.status_code, _flowers(reply.headers.raw), bytes(content))
 
 
 class _Bodies:
-    """Counts the bytes of all bodies that are here, whole or in part.
+    """Counts the bytes of all bodies that are here, whole or in part: of requests, and of replies until they are sent.
 
     Each key that the SuperLink has accepted has a share of its own. All other keys have one share together, since
     anyone can make new keys.
@@ -162,7 +166,7 @@ def _signer(headers: Headers) -> bytes:
 async def _read(headers: Headers, receive: Receive, grow: Callable[[int], None]) -> bytes:
     """The request's body."""
     declared = dict(headers).get(b"content-length", b"0")
-    if not declared.isdigit() or int(declared) > BODY_LIMIT_BYTES:
+    if not declared.isdigit() or len(declared) > 12 or int(declared) > BODY_LIMIT_BYTES:
         raise _Refused(413)
     body = bytearray()
     try:
@@ -178,6 +182,14 @@ async def _read(headers: Headers, receive: Receive, grow: Callable[[int], None])
                     return bytes(body)
     except TimeoutError:
         raise _Refused(408) from None
+
+
+async def _answer(send: Send, status: int, headers: Headers | None = None, content: bytes = b"") -> None:
+    """Send an answer, to one who takes it within `_BODY_SECONDS`."""
+    whole = [*(headers or []), (b"content-length", str(len(content)).encode())]
+    async with asyncio.timeout(_BODY_SECONDS):
+        await send({"type": "http.response.start", "status": status, "headers": whole})
+        await send({"type": "http.response.body", "body": content})
 
 
 def _check_senders(body: bytes) -> None:
@@ -203,6 +215,55 @@ def _signed(content: bytes, signature: signing.Signature) -> bytes:
     return reply.SerializeToString()
 
 
+class Listener(socket.socket):
+    """A listening socket that closes connections of a machine that has `limit` of them open."""
+
+    limit = CONNECTIONS_OF_ONE
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._open: Counter[object] = Counter()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection that may stay. Raises BlockingIOError where none waits, or many had to go."""
+        for _ in range(_CLOSED_AT_ONCE):
+            came, address = super().accept()
+            machine = machine_of(address_of(address[0]))
+            if self._open[machine] >= self.limit:
+                came.close()
+                continue
+            self._open[machine] += 1
+            return _Connection(came, lambda: self._leave(machine)), address  # noqa: B023 (returned at once)
+        raise BlockingIOError("connections of machines that have enough are being closed; others get their turn")
+
+    def _leave(self, machine: object) -> None:
+        self._open -= Counter([machine])
+
+
+class _Connection(socket.socket):
+    """A socket that says when it is closed."""
+
+    def __init__(self, came: socket.socket, on_close: Callable[[], None]) -> None:
+        super().__init__(came.family, came.type, came.proto, fileno=came.detach())
+        self._on_close: Callable[[], None] | None = on_close
+
+    def close(self) -> None:
+        super().close()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+
+
+def _listen(bind: str) -> Listener:
+    """Listen at host:port. Raises OSError where it cannot."""
+    host, _, port = bind.rpartition(":")
+    family, kind, number, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    listener = Listener(family, kind, number)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    return listener
+
+
 class Loop(asyncio.SelectorEventLoop):
     """asyncio's loop for uvicorn, with a shorter time for a TLS handshake: seconds instead of a minute."""
 
@@ -219,26 +280,27 @@ def main() -> None:
     parser.add_argument("--keys", required=True, type=Path, help="the folder of ca.crt, server.crt and server.key")
     parser.add_argument("--signature", type=Path, help="what `python -m fedmm.flower.signing` wrote")
     given = parser.parse_args()
-    host, _, port = given.bind.rpartition(":")
     superlink = httpx.AsyncClient(
         base_url=f"https://{given.superlink}",
         verify=ssl.create_default_context(cafile=str(given.keys / "ca.crt")),
         trust_env=False,
         timeout=_BODY_SECONDS,
     )
-    uvicorn.run(
+    config = uvicorn.Config(
         Gate(superlink, signing.read(given.signature) if given.signature else None),  # type: ignore[arg-type]
-        host=host.strip("[]"),
-        port=int(port),
         ssl_certfile=given.keys / "server.crt",
         ssl_keyfile=given.keys / "server.key",
         loop="fedmm.flower.gate:Loop",
         lifespan="off",
         interface="asgi3",
+        http="h11",  # it bounds a request's headers, by 64 KB; httptools does not
+        ws="none",
         limit_concurrency=_CONNECTIONS,
         proxy_headers=False,
         server_header=False,
     )
+    with _listen(given.bind) as listener:
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -198,6 +198,7 @@ def run_arm(
         merge_wait_seconds=cfg.link.merge_wait_ms / 1000,
         graph_bytes=cfg.link.graphs_mb << 20,
         step_memory_bytes=cfg.link.step_memory_mb << 20 if cfg.link.step_memory_mb else None,
+        frames_bytes=cfg.link.frames_mb << 20 if cfg.link.frames_mb else None,
         frame_limit_bytes=cfg.link.frame_limit_mb << 20,
         answer_tokens=cfg.evaluate.max_tokens,
         deadline_seconds=cfg.link.deadline_seconds,

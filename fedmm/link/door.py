@@ -92,7 +92,7 @@ class Door:
             if now - self._since[peer] > UNPROVEN_SECONDS:
                 late.append(peer)
             else:
-                machines[_machine(peer)].append(peer)
+                machines[machine_of(peer[0])].append(peer)
                 count += 1
         crowd = [max(machines.values(), key=len).pop(0) for _ in range(count - self._room)]
         for peer in (*late, *crowd):
@@ -161,10 +161,15 @@ def _read(peer: str) -> Peer:
 
 
 def _peer(host: str, port: int) -> Peer:
+    return address_of(host), port
+
+
+def address_of(host: str) -> IPv4Address | IPv6Address:
+    """The address that a socket gives as text; one of IPv4 in IPv6's form is of IPv4."""
     address = ip_address(host.partition("%")[0])
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address, port
+    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
-def _machine(peer: Peer) -> object:
-    """An IPv6 machine has a network of 2^64 addresses to itself."""
-    return ip_network((peer[0], 64), strict=False) if isinstance(peer[0], IPv6Address) else peer[0]
+def machine_of(address: IPv4Address | IPv6Address) -> object:
+    """What may be one machine: an IPv6 machine has a network of 2^64 addresses to itself."""
+    return ip_network((address, 64), strict=False) if isinstance(address, IPv6Address) else address

@@ -79,6 +79,11 @@ class Begun:
     graph: tuple[Tensor, Tensor] | None = None  # embeddings and logits
     graph_bytes: int = 0
 
+    @property
+    def bytes(self) -> int:
+        """What it takes beside its graph: its inputs twice, as they came and as their sum, and its logits."""
+        return 2 * self.rows.embeds_BTD.nbytes + self.logits_BAV.nbytes
+
 
 @dataclass(eq=False)
 class _Job:

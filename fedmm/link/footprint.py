@@ -29,6 +29,7 @@ DECODED = 32  # positions that one generated token costs at least: a pass reads 
 HEAP = 1.6  # what a process takes on a CPU over what its tensors do: glibc's heap has holes (1.4 and 1.6 measured)
 SMALL = 4  # times smaller than each step under way: the engine runs such a step beside them
 SHARE = 0.8  # of the free memory that steps may take; the rest is for frames, features and fragmentation
+FRAMES_SHARE = 0.1  # of the free memory that frames in work and pending steps may take
 LEAST_BYTES = 256 << 20
 
 
@@ -142,9 +143,18 @@ def default_limit_bytes(device: torch.device, workers: int, graph_bytes: int) ->
     A fixed number would be above what a small machine has, or below what LLaVA-1.5-7B needs. Beside several workers the
     engine runs one small step more.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.free_bytes()
+    free = _free_bytes(device)
     passes = workers + (1 / SMALL if workers > 1 else 0)
     return max(LEAST_BYTES, int(SHARE * (free - graph_bytes) / passes))
+
+
+def default_frames_bytes(device: torch.device) -> int:
+    """What frames and pending steps of all sessions may take; logits of pending steps lie on the device."""
+    return int(FRAMES_SHARE * min(_free_bytes(device), memory.free_bytes()))
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.free_bytes()
 
 
 def _inputs(llm: LocalLLM, T: int) -> tuple[Tensor, Tensor, Tensor]:

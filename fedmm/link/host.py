@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from fedmm.codecs import Feedback
 from fedmm.link import door, requests, tls, wire
 from fedmm.link.engine import Begun, Busy, Engine, Rows
 from fedmm.link.features import Features, FeaturesMissing
-from fedmm.link.footprint import Footprint, Shape, default_limit_bytes
+from fedmm.link.footprint import Footprint, Shape, default_frames_bytes, default_limit_bytes
 from fedmm.link.requests import Reader
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import answer_cross_entropy, branch_losses
@@ -42,6 +42,8 @@ log = logging.getLogger("fedmm.host")
 METRIC_NAME = re.compile("[a-z][a-z0-9_]{0,39}")  # they become keys of the run's files
 NOTES, NOTE_CHARACTERS = 20, 300  # of one session in the log, and of each
 IDLE_DEADLINES = 10  # of silence, after which a session gives way to clients that wait for one
+FREE_REFUSALS = 20  # of a client in a round; each further one is answered after a pause
+REFUSAL_PAUSE_SECONDS = 0.5  # four clients that sent wrong steps without a pause made a victim four times slower
 _SPARE_THREADS = 4  # for streams that are being let in or turned away, where every session is taken
 ENTRY_LIMIT = 1e9  # of an update: sums and products of a thousand clients' stay finite in fp32
 
@@ -67,10 +69,16 @@ class _Visit:
     context: grpc.ServicerContext
     peer: str  # the connection, as gRPC names it; the context forgets it
     pending: dict[int, tuple[requests.Read, Begun]] = field(default_factory=dict)
+    pending_bytes: int = 0
+    frame_bytes: int = 0  # of the frame that is being read or answered
     feedback: Feedback = field(default_factory=Feedback)
     noted: int = 0  # times that it did something wrong
     moved: float = field(default_factory=time.monotonic)  # when something came last, or an answer went
     reading: bool = False  # whether a frame has begun and is not whole
+
+    @property
+    def taken_bytes(self) -> int:
+        return self.frame_bytes + self.pending_bytes
 
 
 class Host:
@@ -80,6 +88,8 @@ class Host:
     makes the update safe (a journal), or refuses it by a ValueError. `edge` are the frozen parts a client runs, and
     `card` what it must know of them; `features` forms the base of factored steps.
     `step_memory_bytes` is the most that one step may take; None: by what is free (`footprint.default_limit_bytes`).
+    `frames_bytes` is what frames in work and pending steps of all sessions may take, at least one frame's limit; None:
+    a share of what is free. Above it the session with the most is cut.
     With an `authority` the link is TLS and clients show a certificate of it; without, plain.
     """
 
@@ -100,6 +110,7 @@ class Host:
         merge_wait_seconds: float = 0.01,
         graph_bytes: int = 1 << 30,
         step_memory_bytes: int | None = None,
+        frames_bytes: int | None = None,
         frame_limit_bytes: int = 1 << 30,
         answer_tokens: int = 1024,
         deadline_seconds: float = 60.0,
@@ -107,6 +118,7 @@ class Host:
         self._llm, self._card, self._on_update = llm, dict(card), on_update
         self._edge = wire.encode(wire.Frame("edge", {}, edge))  # once: it may be large, and many ask for it
         self._features = features
+        self._frames_bytes = max(frame_limit_bytes, frames_bytes or default_frames_bytes(llm.device))
         footprint = Footprint.measured(llm, step_memory_bytes or default_limit_bytes(llm.device, workers, graph_bytes))
         self._read = Reader(
             llm.width, llm.positions, llm.vocabulary, llm.device, features, footprint, frame_limit_bytes
@@ -133,6 +145,7 @@ class Host:
         self._refused: dict[int, str] = {}
         self._sessions = sessions
         self._visits: dict[int, _Visit] = {}  # by client; each has a thread until it is taken out
+        self._refusals: Counter[int] = Counter()  # by client, in this round
         self._full: set[int] = set()  # clients who found no free session in this round, and have none since
         self._traffic: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
         self._verbs: dict[str, Callable[[_Visit, wire.Frame, Traffic], wire.Frame | wire.Chunks]] = {
@@ -197,6 +210,7 @@ class Host:
         with self._lock:
             self._round, self._current = round, tree.clone(current)
             self._awaited, self._refused, self._full = set(clients), {}, set()
+            self._refusals.clear()
             self._down, self._up = down, up
 
     def token(self, round: int, client: int) -> str:
@@ -264,6 +278,7 @@ class Host:
                 yield from reply
                 visit.moved = time.monotonic()
                 del frame, answer, reply  # or each session would hold what came last, until it sends again
+                visit.frame_bytes = 0
         except wire.WireError as error:
             self._note(visit, f"sent no valid frame: {error}")
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no valid frame: {error}")
@@ -274,8 +289,9 @@ class Host:
                 del self._visits[visit.client]
 
     def _watch(self) -> None:
-        """Cut a session whose frame has begun and does not go on; and, while clients wait for a session, the one that
-        has been silent longest, if that is long: a client may encode or compute for a while between two frames."""
+        """Cut a session whose frame has begun and does not go on; the one that takes most memory, while all together
+        take too much; and, while clients wait for a session, the one that has been silent longest, if that is long: a
+        client may encode or compute for a while between two frames."""
         while not self._closed.wait(min(1.0, self._deadline_seconds / 4)):
             now = time.monotonic()
             with self._lock:
@@ -287,6 +303,14 @@ class Host:
             for visit in late:
                 self._note(visit, "its session is cut: it holds a frame, or others wait and it is silent")
                 visit.context.cancel()
+            if visits and sum(visit.taken_bytes for visit in visits) > self._frames_bytes:
+                largest = max(visits, key=lambda visit: visit.taken_bytes)
+                self._note(
+                    largest,
+                    f"its session is cut: its frame and steps take {largest.taken_bytes >> 20} MB, and those of all "
+                    f"clients more than {self._frames_bytes >> 20}; raise link.frames_mb or lower link.pending",
+                )
+                largest.context.cancel()
 
     def _admit(self, context: grpc.ServicerContext) -> _Visit:
         """Let a client in by its token, where a session is free.
@@ -351,6 +375,7 @@ class Host:
             return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}", "busy": True})
         except ValueError as error:
             self._note(visit, f"refused {frame.verb[:32]}: {error}")
+            self._pause(visit)
             return wire.Frame("error", {"message": f"{frame.verb[:32]}: {error}"[:4096]})
         except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
             log.exception("%s of client %d failed", one_line(frame.verb[:32]), visit.client)
@@ -363,6 +388,14 @@ class Host:
         if visit.noted <= NOTES:
             last = "; no more of this session is logged" if visit.noted == NOTES else ""
             log.warning("client %d: %s%s", visit.client, one_line(text, NOTE_CHARACTERS), last)
+
+    def _pause(self, visit: _Visit) -> None:
+        """Have a client that is refused again and again wait: what is refused costs others, and no queue counts it."""
+        with self._lock:
+            self._refusals[visit.client] += 1
+            often = self._refusals[visit.client] > FREE_REFUSALS
+        if often:
+            self._closed.wait(REFUSAL_PAUSE_SECONDS)
 
     # ---- verbs: once a run, once a round ---------------------------------------------------------------------------
 
@@ -429,6 +462,7 @@ class Host:
         (rows,) = _rows(step, keep_BA)
         if step.leaves:
             visit.pending[number] = (step, begun := self._engine.begin(rows, visit.client))
+            visit.pending_bytes += begun.bytes
             logits_BAV, seconds = begun.logits_BAV, begun.seconds
         else:
             passed = self._engine.run([rows], client=visit.client)
@@ -446,6 +480,7 @@ class Host:
         grad_BAV = requests.tensor(tensors, "grad", tuple(begun.logits_BAV.shape), floating=True)
         grad_BTD, seconds = self._engine.finish(begun, grad_BAV.to(begun.logits_BAV))
         del visit.pending[number]  # only now: a step that found no worker is asked for again
+        visit.pending_bytes -= begun.bytes
         traffic.llm_seconds += seconds
         grads = _gradients([begun.rows], step.leaves, [grad_BTD])
         return self._written("backward", grads, frame, visit, step.summed())
@@ -517,9 +552,10 @@ class Host:
 
 
 def _watched(chunks: Iterator[bytes], visit: _Visit) -> Iterator[bytes]:
-    """The chunks, noting on the visit when one came and that a frame is being read."""
+    """The chunks, noting on the visit when one came, that a frame is being read, and its bytes so far."""
     for chunk in chunks:
         visit.moved, visit.reading = time.monotonic(), True
+        visit.frame_bytes += len(chunk)
         yield chunk
 
 

@@ -169,6 +169,7 @@ class _Stream:
         self._address = address
         self._outbox: queue.SimpleQueue[wire.Chunks | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[wire.Frame | Exception] = queue.SimpleQueue()
+        self._awaited = threading.Semaphore(1)  # frames that the host may send: one when the stream opens, then replies
         self._channel = _dial(address, identity)
         sent = itertools.chain.from_iterable(iter(self._outbox.get, None))
         self._call = self._channel.stream_stream(wire.METHOD)(sent, metadata=credentials)
@@ -176,7 +177,9 @@ class _Stream:
         self._reader.start()
 
     def send(self, chunks: wire.Chunks) -> None:
+        """Send a frame, and read one more: a host that sends without being asked fills no memory here."""
         self._outbox.put(chunks)
+        self._awaited.release()
 
     def reply(self, verb: str, deadline_seconds: float) -> wire.Frame | Exception:
         """The next frame, or why there is none."""
@@ -191,13 +194,14 @@ class _Stream:
     def close(self) -> None:
         self._outbox.put(None)
         self._call.cancel()
+        self._awaited.release()
         self._channel.close()
         self._reader.join(timeout=5)
 
     def _read(self, limit_bytes: int) -> None:
         chunks: Iterator[bytes] = iter(self._call)
         try:
-            while (frame := wire.decode(chunks, limit_bytes)) is not None:
+            while self._awaited.acquire() and (frame := wire.decode(chunks, limit_bytes)) is not None:
                 self._inbox.put(frame)
                 del frame  # or it would stay until the next one comes
             self._inbox.put(HostGone(f"the host at {self._address} closed the session"))

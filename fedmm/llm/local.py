@@ -6,6 +6,7 @@ answer positions alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -102,11 +103,14 @@ class LocalLLM:
 
         A row that has stopped is filled with its stop token.
         """
+        from transformers import DynamicCache
+
         self.samples += len(mask_BT)
         mask_BT = mask_BT.to(self.device)
         length_B = mask_BT.sum(1)
+        cache = {_cache_name(self.decoder): DynamicCache(config=self.decoder.config)}  # each pass adds to it
         out = self.decoder(
-            inputs_embeds=embeds.dense().to(self.device, self.dtype), attention_mask=mask_BT, use_cache=True
+            inputs_embeds=embeds.dense().to(self.device, self.dtype), attention_mask=mask_BT, use_cache=True, **cache
         )
         last_BD = out.last_hidden_state[torch.arange(len(length_B), device=self.device), length_B - 1]
         stops = torch.tensor(self.stop_tokens, device=self.device)
@@ -124,8 +128,8 @@ class LocalLLM:
                 inputs_embeds=self._embed(token_B, terms, embeds.embed)[:, None],
                 attention_mask=mask_BT,
                 position_ids=(length_B + n)[:, None],
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **cache,
             )
             last_BD = out.last_hidden_state[:, -1]
         return torch.stack(tokens, dim=1).cpu()
@@ -137,6 +141,11 @@ class LocalLLM:
             down_RD, up_DR = term.down_RD.to(x_BD), term.up_DR.to(x_BD)
             out_BD = out_BD + term.scale * ((x_BD @ down_RD.T) @ up_DR.T)
         return out_BD
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """The parameter of a decoder that takes its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def _checkpoint(layer: nn.Module, inner: Inner) -> None:

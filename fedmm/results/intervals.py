@@ -100,8 +100,8 @@ def rows(runs: Iterable[Run]) -> list[Row]:
         data, label = run.summary["data"], run.summary["label"]
         if other := found[data, label].get(run.seed):
             raise ValueError(
-                f"{run.where} has {label} with seed {run.seed} again, after {other.where}; "
-                "give each seed once, and set label=... where arms differ in more than their method and rule"
+                f"{run.where} and {other.where} both have {label} with seed {run.seed}; "
+                "give each seed once, and set label=... if arms differ in more than their method and rule"
             )
         found[data, label][run.seed] = run
     arms = [
@@ -140,8 +140,8 @@ def _on_one_footing(arms: Sequence[Row]) -> None:
         if differ := differing(theirs, mine):
             key = differ[0]
             raise ValueError(
-                f"{other.label} and {row.label} are both on {row.data} and differ in {key}: {theirs.get(key)!r} and "
-                f"{mine.get(key)!r}; compare them apart, or set data=... to call them by different names"
+                f"{other.label} and {row.label} have the same data={row.data} but differ in {key}: {theirs.get(key)!r} "
+                f"and {mine.get(key)!r}; compare them separately, or give one another data=... name"
             )
 
 
@@ -152,8 +152,8 @@ def _agreed(runs: Sequence[Run]) -> Mapping[str, Any]:
         if differ := apart(first.settings, run.settings):
             key = differ[0]
             raise ValueError(
-                f"{first.where} and {run.where} have one label and differ in {key}: {first.settings.get(key)!r} and "
-                f"{run.settings.get(key)!r}; set label=... to tell them apart"
+                f"{first.where} and {run.where} have the same label but differ in {key}: {first.settings.get(key)!r} "
+                f"and {run.settings.get(key)!r}; give one of them another label=..."
             )
     return {key: value for key, value in first.settings.items() if key != "seed"}
 
@@ -202,12 +202,14 @@ def against(labels: Sequence[str], asked: str | None) -> str:
     or the first. Raises ValueError where it is none, or there are no arms."""
     labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
     if not labels:
-        raise ValueError("there is no finished run to compare")
+        raise ValueError("there is no finished run to compare; name the folder of a run that has a summary.json")
     wanted = asked or FEDAVG
     if any(wanted in (label, *named(label)) for label in labels):
         return wanted
     if asked:
-        raise ValueError(f"--against {asked!r} is no arm here; there are {', '.join(map(repr, labels))}")
+        raise ValueError(
+            f"--against {asked!r} is none of these arms: {', '.join(map(repr, labels))}; choose one of them"
+        )
     return labels[0]
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,23 +23,13 @@ from fedmm import tree
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
-from fedmm.stages.kept import fingerprint, mend, reads
-from fedmm.storage import disk
+from fedmm.stages.caption_records import WANTED, Caption, append, keep, lines_of, resume
+from fedmm.stages.kept import fingerprint, reads
 from fedmm.types import IMAGE_PLACE, Example, ReadPath
 
 NOTED_CHUNKS = 20
 OWN_QUESTION = "{question}"
 """Where an example's own question stands in a prompt."""
-
-
-@dataclass(frozen=True)
-class Caption:
-    """What one writer wrote about one image: `image` is `content_of`, `prompt` as it was asked."""
-
-    image: str
-    prompt: str
-    text: str
-    writer: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class Captions:
     dropped: dict[str, int]
 
 
-def captions(
+def captions(  # more than eight parameters: behind `*` are the settings of captions, each by its name
     model: Model,
     processor: Processor,
     prompt: str,
@@ -102,64 +91,19 @@ def write(
     is that of the images, and for each that of the prompts. Raises ValueError for a line that is no caption.
     """
     asked = list(_asked(examples, prompts))
-    there = {(c.image, c.prompt): c for c in _resume(path) if c.writer == writer.name}
-    _keep(path, b"")  # now: what cannot be kept is not asked for
+    there = {(c.image, c.prompt): c for c in resume(path) if c.writer == writer.name}
+    append(path, [])  # now: what cannot be kept is not asked for
     for start in range(0, len(asked), chunk):
         new = [one for one in asked[start : start + chunk] if (one.image, one.prompt) not in there]
         if not new:
             continue
         texts = writer.say([_example(examples[one.row], one.prompt) for one in new])
         made = [Caption(a.image, a.prompt, t, writer.name) for a, t in zip(new, texts, strict=True)]
-        lines = "".join(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in made)
-        _keep(path, lines.encode())
+        append(path, made)
         there |= {(caption.image, caption.prompt): caption for caption in made}
         if noted and start // chunk % NOTED_CHUNKS == 0:
             noted(f"{len(there)} texts of {len(asked)} about open images are in {path}")
     return [there[one.image, one.prompt] for one in asked]
-
-
-def _keep(path: Path, lines: bytes) -> None:
-    with disk.named(path.parent, disk.HOME_KNOB):
-        disk.make_folder(path.parent)
-        disk.append(path, lines)
-
-
-def keep(
-    captions: Sequence[Caption],
-    *,
-    min_words: int = 1,
-    max_words: int = 60,
-    repetition: float = 0.5,
-    agree: Sequence[Sequence[str]] = (),
-) -> tuple[list[Caption], dict[str, int]]:
-    """The captions worth training on, and how many of the others for which reason, the first that held.
-
-    `repetition` is the largest share of words, or of trigrams, that stood in the text before: a greedy LLM that has
-    lost its thread repeats itself. `agree` are pairs of prompts, as they were asked, which want the same text of an
-    image: where what is left of a writer's two differs, but for case, both go. Raises ValueError where nothing remains.
-    """
-    if odd := [pair for pair in agree if len(pair) != 2]:
-        raise ValueError(f"captions.agree wants pairs of prompts, got {list(odd[0])}")
-    reasons = Counter({"empty": 0, "short": 0, "long": 0, "repetitive": 0, "disagree": 0})
-    left: list[Caption] = []
-    for caption in captions:
-        words = caption.text.casefold().split()
-        if reason := _reason(words, min_words, max_words, repetition):
-            reasons[reason] += 1
-        else:
-            left.append(caption)
-    apart = _apart(left, agree)
-    kept = [caption for caption in left if caption not in apart]
-    reasons["disagree"] = len(left) - len(kept)
-    if not kept:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise ValueError(
-            f"of {len(captions)} captions none is kept: {counts}; look at them in their jsonl, then change "
-            f"captions.prompts or captions.writer, or loosen captions.min_words={min_words}, "
-            f"captions.max_words={max_words}, captions.repetition={repetition:g}, "
-            f"captions.agree={[list(pair) for pair in agree]}"
-        )
-    return kept, dict(reasons)
 
 
 def training(captions: Sequence[Caption], examples: Sequence[Example]) -> list[Example]:
@@ -200,7 +144,7 @@ def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64
     return Writer(f"own:{fingerprint(model, processor, prompt)[:16]}:{max_tokens}", say)
 
 
-def hub(
+def hub(  # more than eight parameters: behind `*` are the settings of captions.writer, each by its name
     model: Model,
     processor: Processor,
     prompt: str,
@@ -256,7 +200,7 @@ def prepared_files(folder: str) -> list[Path]:
     if files := sorted(Path(folder).glob("*.jsonl")):
         return files
     raise ValueError(
-        f"captions.writer.folder={folder} has no *.jsonl; prepare texts there, a line {_WANTED}, or set captions=own"
+        f"captions.writer.folder={folder} has no *.jsonl; prepare texts there, a line {WANTED}, or set captions=own"
     )
 
 
@@ -271,7 +215,7 @@ def prepared(model: Model, processor: Processor, prompt: str, *, folder: ReadPat
     files = prepared_files(folder)
     texts: dict[tuple[str, str], tuple[str, str]] = {}
     for file in files:
-        for where, line in _lines(file, file.read_bytes().split(b"\n"), ("image", "prompt", "text")):
+        for where, line in lines_of(file, file.read_bytes().split(b"\n"), ("image", "prompt", "text")):
             text, first = texts.setdefault((line["image"], line["prompt"]), (line["text"], where))
             if text != line["text"]:
                 raise ValueError(f"{where} says {line['text'][:60]!r} where {first} says {text[:60]!r}; leave one out")
@@ -336,7 +280,7 @@ def _content(example: Example) -> list[dict[str, Any]]:
     return content
 
 
-# --- what is asked, and what is kept ----------------------------------------------------------------------------------
+# --- what is asked ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -361,62 +305,3 @@ def _asked(examples: Sequence[Example], prompts: Sequence[str]) -> Iterator[_Ask
 
 def _example(example: Example, prompt: str) -> Example:
     return replace(example, question=prompt, answer=example.answer if prompt == example.question else "")
-
-
-def _reason(words: Sequence[str], min_words: int, max_words: int, repetition: float) -> str | None:
-    if not words:
-        return "empty"
-    if len(words) < min_words:
-        return "short"
-    if len(words) > max_words:
-        return "long"
-    return "repetitive" if max(_repeats(words, 1), _repeats(words, 3)) > repetition else None
-
-
-def _repeats(words: Sequence[str], n: int) -> float:
-    """The share of runs of n words that stood there before."""
-    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def _apart(captions: Sequence[Caption], agree: Sequence[Sequence[str]]) -> set[Caption]:
-    """The captions that another of the same image and writer contradicts."""
-    by_image: dict[tuple[str, str], dict[str, Caption]] = defaultdict(dict)
-    for caption in captions:
-        by_image[caption.image, caption.writer][caption.prompt] = caption
-    apart = set()
-    for said in by_image.values():
-        for one, other in agree:
-            pair = [said[prompt] for prompt in (one, other) if prompt in said]
-            if len({" ".join(caption.text.casefold().split()) for caption in pair}) > 1:
-                apart |= set(pair)
-    return apart
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-_KEYS = ("image", "prompt", "text", "writer")
-_WANTED = '{"image": <content hash or example id>, "prompt": <as asked>, "text": <what was written>}'
-
-
-def _resume(path: Path) -> list[Caption]:
-    """The captions of a file; what a kill cut off at its end is taken out of it."""
-    if not path.exists():
-        return []
-    whole = mend(path)
-    return [Caption(**{key: line[key] for key in _KEYS}) for _, line in _lines(path, whole.split(b"\n"), _KEYS)]
-
-
-def _lines(path: Path, lines: Sequence[bytes], keys: Sequence[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The lines of a jsonl with where they stand. Raises ValueError for one without a string under each key."""
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except ValueError as error:  # a UnicodeDecodeError is one too
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); wanted {_WANTED}") from error
-        lacking = [key for key in keys if not isinstance(line, dict) or not isinstance(line.get(key), str)]
-        if lacking:
-            raise ValueError(f"{path}, line {number} has no string {lacking[0]!r}; wanted {_WANTED}")
-        yield f"{path}, line {number}", line

@@ -59,7 +59,7 @@ def search(text: str | None, across: str | None = None) -> Search | None:
     if text is None:
         if across:
             raise settings.ConfigError(
-                f"--tune-across {across} has nothing to choose; add --tune optimizer.lr=3e-3,6e-3"
+                f"--tune-across {across} needs a setting to choose; add --tune, such as --tune optimizer.lr=3e-3,6e-3"
             )
         return None
     ((key, values),) = composition.axes([text]).items()
@@ -83,7 +83,7 @@ def jobs(
     """
     found = composition.axes(overrides)
     if "compare" in found:
-        raise settings.ConfigError("a sweep takes arms as values, arm=fedavg,local, and no compare=...")
+        raise settings.ConfigError("a sweep cannot use compare=...; list the arms instead, as in arm=fedavg,local")
     several = _several(found)
     made = []
     for pairs in _combinations(found):
@@ -110,9 +110,7 @@ def trials(
     values of combinations whose search has gone on."""
     found = composition.axes(overrides)
     if str(TUNING_SEED) in found.pop("seed", ()):
-        raise settings.ConfigError(
-            f"seed={TUNING_SEED} is that of the search, and is used for nothing else; take another"
-        )
+        raise settings.ConfigError(f"seed={TUNING_SEED} is reserved for the search of --tune; choose another seed")
     several = _several(found)
     made = {}
     for pairs in _combinations(found):

@@ -3,6 +3,7 @@ the records they were made of."""
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,31 +15,42 @@ from fedmm.storage import machine_cache
 from fedmm.sweep import plan
 
 
-def write(into: Path, made_of: Records, against: str | None, command: str, *, anew: bool = False) -> Path:
-    """Write `into`, a markdown file, and beside it the picture and the file of records; returns `into`.
+def write(
+    into: Path,
+    made_of: Records,
+    against: str | None,
+    command: str,
+    *,
+    records_to: Path | None = None,
+    anew: bool = False,
+) -> Path:
+    """Write `into`, a markdown file, with the picture beside it and the records in `records_to`; returns `into`.
 
-    Raises ValueError for a name that is no markdown file's, as the others take its name with an ending of their own,
-    and where the file of records that lies there has runs or searches that these would not replace, unless `anew`.
+    Without `records_to` the records lie beside the page too. Raises ValueError where a name has another ending than .md
+    or .jsonl and, unless `anew`, where the file of records has runs or searches that the new one would lack.
     """
     if into.suffix != ".md":
         raise ValueError(f"--into {into} must end in .md; picture and records take its name, with .png and .jsonl")
-    picture, kept = into.with_suffix(".png"), into.with_suffix(".jsonl")
-    if not anew and (lost := records.only_in(kept, made_of)):
+    picture, records_to = into.with_suffix(".png"), records_to or into.with_suffix(".jsonl")
+    if records_to.suffix != ".jsonl":
+        raise ValueError(f"--records {records_to} must end in .jsonl, as records do")
+    if not anew and (lost := records.only_in(records_to, made_of)):
         raise ValueError(
-            f"{kept} has runs or searches that these would not replace, {len(lost)} of them, as {lost[0]}; name it "
-            "among what is compared, give another --into, or remove it"
+            f"{records_to} has {len(lost)} runs or searches that would be lost, such as {lost[0]}; add {records_to} to "
+            "what is compared, choose another --into or --records, or remove the file"
         )
     rows = intervals.rows(made_of.runs)
     shown = table.columns(against, rows)
     machine_cache.write(picture, plots.png(plots.comparison(rows)), public=True)
-    records.save(kept, made_of)
+    records.save(records_to, made_of)
+    link = Path(os.path.relpath(records_to, into.parent)).as_posix()
     made = [f"- `{asked}`, {when}." for asked, when in ({command: records.now()} | dict(made_of.commands)).items()]
     if days := records.days(made_of.runs):
         made.append(f"- Runs of {days}.")
     parts = [
         f"# {into.stem.replace('_', ' ').capitalize()}",
         "\n".join(made),
-        f"{table.reading(shown)} What each run was asked and its figures by client: [{kept.name}]({kept.name}).",
+        f"{table.reading(shown)} What each run was asked and its figures by client: [{records_to.name}]({link}).",
         table.markdown(rows, shown),
         f"![accuracy by arm, on clients' own test parts and on everybody's]({picture.name})",
     ]

@@ -55,14 +55,16 @@ def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: 
     FedmmError at the end where runs failed; the others are then done.
     """
     if "=" in path.name or (path / "config.yaml").exists():
-        raise settings.ConfigError(f"{path} is no folder for a sweep (an override, or a run's); name one of its own")
+        raise settings.ConfigError(
+            f"{path} cannot be a sweep's folder: it is an override or the folder of a run; name a new one"
+        )
     given = composition.axes(overrides).keys()
     if tuned and (unknown := {*tuned.across} - (given - {"seed"})):
         raise settings.ConfigError(
-            f"--tune-across {min(unknown)} is no override of this sweep, or its seed; name another that is"
+            f"--tune-across {min(unknown)} must name settings that this sweep overrides, other than seed"
         )
     if tuned and tuned.key in map(composition.key_of, given):
-        raise settings.ConfigError(f"{tuned.key} is what --tune chooses; leave {tuned.key}=... or --tune out")
+        raise settings.ConfigError(f"{tuned.key} is set by --tune and by {tuned.key}=...; remove one of them")
     known = known or Records()
     cells = plan.trials(path / "tune", overrides, tuned) if tuned else {}
     tried = _known_trials(known, cells, tuned) if tuned else {}
@@ -97,7 +99,7 @@ def accuracy(job: Job) -> float:
     told = json.loads((job.path / "summary.json").read_text())
     own = told["final"]["own"]
     if not own:
-        raise FedmmError(f"{job.path} scored no client; see {job.log}")
+        raise FedmmError(f"{job.path} has no score of any client; its log {job.log} says why")
     return sum(own.values()) / (len(own) + len(told.get("unscored", ())))
 
 
@@ -135,12 +137,10 @@ def _known_runs(known: Records, asked: Sequence[Job], say: Callable[[str], None]
                 found[job] = run
             elif all(run.settings.get(key) == wanted[key] for key in ("data", "label", "seed")):
                 key = differ[0]
-                odd.append(
-                    f"{job.name} is known with {key}={run.settings.get(key)!r}, and not with {wanted.get(key)!r}"
-                )
+                odd.append(f"{job.name} has {key}={run.settings.get(key)!r} there, and {wanted.get(key)!r} here")
     if known.runs:
         of = f", of {days}" if (days := records.days(found.values())) else ""
-        say(f"{len(found)} of {len(asked)} are known{of}" + (f"; {odd[0]}" if odd else ""))
+        say(f"{len(found)} of {len(asked)} runs are in --known{of}" + (f"; {odd[0]}" if odd else ""))
     return found
 
 
@@ -173,7 +173,7 @@ def _tuned(
         try:
             run_all([job for cell in asked if cell not in ended for job in beyond[cell]])
         except FedmmError as error:
-            say(f"a search ends before a value whose run failed: {error}")
+            say(f"the search stops before a value whose run failed: {error}")
             failed = (cell for cell in asked if not all(job.done for job in beyond[cell]))
             ended |= _alike_to(failed, found, tuned)
         if not (goes_on := {cell: values for cell, values in asked.items() if cell not in ended}):
@@ -200,7 +200,7 @@ def _run_all(
 ) -> None:
     waiting = [job for job in asked if not job.done]
     if len(asked) > len(waiting):
-        say(f"{len(asked) - len(waiting)} of {len(asked)} are done already")
+        say(f"{len(asked) - len(waiting)} of {len(asked)} runs are already done")
     began = time.monotonic()
     failed: list[Job] = []
     with ThreadPoolExecutor(max(1, at_once)) as pool:
@@ -221,8 +221,8 @@ def _run_all(
             raise
     if failed:
         raise FedmmError(
-            f"{len(failed)} of {len(asked)} runs failed, the first is {failed[0].name}: {_last_line(failed[0].log)}\n"
-            f"see {failed[0].log}; the same command goes on with what is missing"
+            f"{len(failed)} of {len(asked)} runs failed. The first is {failed[0].name}: {_last_line(failed[0].log)}\n"
+            f"The whole log is {failed[0].log}. The same command runs only what is missing."
         )
 
 
@@ -269,8 +269,8 @@ def _told_apart(planned: Sequence[Job]) -> list[str]:
         cfg = composition.compose(job.overrides)
         if other := seen.get(row := (cfg.data, cfg.label, cfg.seed)):
             raise settings.ConfigError(
-                f"{other} and {job.name} are both called {cfg.label!r}; take method=... and rule=... instead of arms, "
-                "or a sweep for each with its label=..."
+                f"{other} and {job.name} both have the label {cfg.label!r}; sweep over method=... and rule=... instead "
+                "of arms, or make a sweep with its own label=... for each"
             )
         seen[row] = job.name
     return list(dict.fromkeys(label for _, label, _ in seen))
@@ -282,4 +282,4 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1][:300] if lines else "it left no log"
+    return lines[-1][:300] if lines else "it wrote no log"

@@ -72,13 +72,22 @@ def test_a_group_chosen_by_name_wins_over_the_scenario():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["scenario=domain", "clients=6"], r"partition.by=style finds 5 values .*for clients=6; lower clients"),
-        (["scenario=function", "clients=8"], r"partition.by=kind finds 7 values"),
-        (["partition=domain"], r"partition.by=style finds 1 values in the dataset \(turku\) for clients=5.*scenario="),
-        (["partition=scene"], r"partition.by=layout finds 1 values in the dataset \(taught\)"),
+        (
+            ["scenario=domain", "clients=6"],
+            r"partition.by=style gives each client one value, but the dataset has 5 .*for clients=6; lower clients",
+        ),
+        (["scenario=function", "clients=8"], r"partition.by=kind gives each client one value, but the dataset has 7"),
+        (
+            ["partition=domain"],
+            r"partition.by=style gives each client one value, but the dataset has 1 \(turku\) for clients=5.*scenario=",
+        ),
+        (["partition=scene"], r"partition.by=layout gives each client one value, but the dataset has 1 \(taught\)"),
         (["partition=dataset"], r"groups by 'dataset', but example train/000000 has only answer, digit, kind, layout"),
-        (["scenario=scene", "dataset.kinds=[sum]"], r"dataset.layouts has crowded, which can be asked colour, count"),
-        (["compare=[local]", "scenario=domain", "clients=6"], r"finds 5 values"),
+        (
+            ["scenario=scene", "dataset.kinds=[sum]"],
+            r"dataset.layouts has crowded, whose questions are of the kinds colour, count",
+        ),
+        (["compare=[local]", "scenario=domain", "clients=6"], r"the dataset has 5"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_before_anything_starts(overrides, says, tmp_path):
@@ -93,7 +102,7 @@ def test_every_mistake_of_every_arm_is_told_at_once(tmp_path):
         server_app.plan([*asked, f"run.dir={tmp_path / 'run'}", "dataset.train=70", "dataset.test=70"])
     for says in (
         "rule.byzantine=2 needs at least 7 clients",
-        "partition.by=style finds 5 values",
+        "partition.by=style gives each client one value, but the dataset has 5",
         "compare names 'nonsense'",
         "edge.ranks must be from 1 to edge.rank=8",
     ):

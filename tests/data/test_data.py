@@ -17,7 +17,7 @@ from helpers import ROOT
 from PIL import Image
 
 from fedmm.config.composition import load
-from fedmm.data import glyphs, partition, scenes
+from fedmm.data import glyphs, partition, scene_plans, scenes
 from fedmm.data.long_tail import long_tail, long_tail_counts
 from fedmm.federation import build
 from fedmm.types import Example
@@ -100,14 +100,14 @@ def test_examples_are_pictures_with_words(made):
         (image,) = example.images
         assert image.size == (48, 48) and image.mode == "RGB"
         assert 1 <= len(example.answer.split()) <= 2
-        assert example.labels["answer"] == example.answer and example.labels["kind"] in scenes.KINDS
+        assert example.labels["answer"] == example.answer and example.labels["kind"] in scene_plans.KINDS
         assert example.labels["digit"] in "0123456789"
 
 
 def test_every_split_holds_every_kind_evenly(made):
     for part in made.values():
         counts = Counter(example.labels["kind"] for example in part)
-        assert set(counts) == set(scenes.KINDS) and len(set(counts.values())) == 1
+        assert set(counts) == set(scene_plans.KINDS) and len(set(counts.values())) == 1
 
 
 def test_same_seed_same_data_whatever_the_other_sizes():
@@ -140,7 +140,7 @@ def test_clients_scenes_show_only_their_splits_glyphs(monkeypatch):
 
 def test_answers_follow_from_the_plan():
     """Worked by hand: 7 in red at the left, 2 in white at the right; red and white are palette words."""
-    plan = scenes.plan_scenes(np.random.default_rng(0), 1, glyphs.handwriting("train"), ("plain",), ("sum",))
+    plan = scene_plans.plan_scenes(np.random.default_rng(0), 1, glyphs.handwriting("train"), ("plain",), ("sum",))
     plan.digits[0], plan.colours[0], plan.shown[0] = [7, 2, 9], [0, 5, 1], 2
     plan.upright[0], plan.target[0], plan.smaller[0] = False, 1, False
     expected = {
@@ -154,35 +154,35 @@ def test_answers_follow_from_the_plan():
     }
     for kind, pair in expected.items():
         plan.kinds[0] = kind
-        assert scenes.ask(plan, 0) == pair
+        assert scene_plans.ask(plan, 0) == pair
     plan.kinds[0], plan.upright[0], plan.smaller[0] = "compare", True, True
-    assert scenes.ask(plan, 0) == ("which side is smaller ?", "bottom")
+    assert scene_plans.ask(plan, 0) == ("which side is smaller ?", "bottom")
 
 
 def test_left_is_left_top_is_top_and_colours_are_the_palettes():
     """The ink in the half of the picture that a question means has the colour the site shows for the word."""
     rng, bank = np.random.default_rng(1), glyphs.handwriting("train")
     for style in ("plain", "turku"):
-        plan = scenes.plan_scenes(rng, 200, bank, (style,), ("place",))
+        plan = scene_plans.plan_scenes(rng, 200, bank, (style,), ("place",))
         pictures = scenes.draw(rng, plan, bank).astype(float)
-        shades = np.array(list(scenes.COLOURS.values()))
+        shades = np.array(list(scene_plans.COLOURS.values()))
         for row, picture in enumerate(pictures):
             first = picture[:24] if plan.upright[row] else picture[:, :24]
             brightest = first.reshape(-1, 3)[first.reshape(-1, 3).max(1).argsort()[-20:]].mean(0)
             nearest = int(np.abs(shades - brightest).sum(1).argmin())
-            assert nearest == scenes.SITES[style].palette[plan.colours[row, 0]]
+            assert nearest == scene_plans.SITES[style].palette[plan.colours[row, 0]]
 
 
 def test_vocabularies_are_disjoint_and_complete():
-    client_words = [word for words in scenes.VOCABULARIES.values() for word in words.values()]
+    client_words = [word for words in scene_plans.VOCABULARIES.values() for word in words.values()]
     assert len(set(client_words)) == len(client_words)
-    assert not set(client_words) & set(scenes.ASKED)
-    for name, words in scenes.VOCABULARIES.items():
-        assert name == "english" or set(words) <= set(scenes.ASKED)
+    assert not set(client_words) & set(scene_plans.ASKED)
+    for name, words in scene_plans.VOCABULARIES.items():
+        assert name == "english" or set(words) <= set(scene_plans.ASKED)
 
 
 def test_open_questions_hold_no_client_word(made):
-    client_words = {word for words in scenes.VOCABULARIES.values() for word in words.values()}
+    client_words = {word for words in scene_plans.VOCABULARIES.values() for word in words.values()}
     assert not client_words & {word for e in made["public"] for word in f"{e.question} {e.answer}".split()}
     assert client_words & {word for e in made["train"] for word in e.question.split()}
     assert not client_words & {word for e in made["train"] for word in e.answer.split()}
@@ -191,7 +191,7 @@ def test_open_questions_hold_no_client_word(made):
 def test_vocabulary_overrides_the_sites():
     own = scenes.scenes(train=30, validation=0, test=0, vocabulary="english")["train"]
     other = scenes.scenes(train=30, validation=0, test=0)["train"]
-    assert [scenes.translate(e.question, "finnish", scenes.KEPT) for e in own] == [e.question for e in other]
+    assert [scenes.translate(e.question, "finnish", scene_plans.KEPT) for e in own] == [e.question for e in other]
     assert [e.images[0].tobytes() for e in own] == [e.images[0].tobytes() for e in other]
 
 
@@ -200,12 +200,12 @@ def test_kept_words_are_kept_and_no_other():
     assert scenes.translate(question, "german") == "welche ziffer ist auf die links ?"
     assert scenes.translate(question, "german", ("is", "digit")) == "welche digit is auf die links ?"
     asked = scenes.scenes(train=70, validation=0, test=0, kept=())["train"]
-    assert {word for e in asked for word in e.question.split()} & set(scenes.ASKED) == {"?"}
+    assert {word for e in asked for word in e.question.split()} & set(scene_plans.ASKED) == {"?"}
 
 
 def test_palettes_are_permutations():
-    for site in scenes.SITES.values():
-        assert sorted(site.palette) == list(range(len(scenes.COLOURS)))
+    for site in scene_plans.SITES.values():
+        assert sorted(site.palette) == list(range(len(scene_plans.COLOURS)))
 
 
 def test_unknown_names_are_named():
@@ -222,7 +222,8 @@ def test_unknown_names_are_named():
     with pytest.raises(ValueError, match=r"dataset.layouts has nothing"):
         scenes.scenes(train=5, layouts=())
     with pytest.raises(
-        ValueError, match=r"has one, which can be asked colour, name, verify, but dataset.kinds has sum; add a"
+        ValueError,
+        match=r"has one, whose questions are of the kinds colour, name, verify, but dataset.kinds has sum; add",
     ):
         scenes.scenes(train=5, layouts=("two", "one"), kinds=("sum",))
 
@@ -248,9 +249,9 @@ def test_the_default_data_stay_what_they_were(options, digest, light):
 FIVE = ("crowded", "one", "overlapping", "tiny", "two")
 
 
-def planned(layout: str, count: int = 200) -> scenes.Plan:
+def planned(layout: str, count: int = 200) -> scene_plans.Plan:
     bank = glyphs.handwriting("train")
-    return scenes.plan_scenes(np.random.default_rng(2), count, bank, ("plain",), scenes.KINDS, (layout,))
+    return scene_plans.plan_scenes(np.random.default_rng(2), count, bank, ("plain",), scene_plans.KINDS, (layout,))
 
 
 def test_layouts_and_their_kinds_come_in_even_shares():
@@ -259,7 +260,9 @@ def test_layouts_and_their_kinds_come_in_even_shares():
     asked = Counter((e.labels["layout"], e.labels["kind"]) for e in made)
     for layout in FIVE:
         own = {kind: count for (name, kind), count in asked.items() if name == layout}
-        assert set(own) == set(scenes.LAYOUTS[layout].digits) & set(scenes.KINDS) and len(set(own.values())) == 1
+        assert (
+            set(own) == set(scene_plans.LAYOUTS[layout].digits) & set(scene_plans.KINDS) and len(set(own.values())) == 1
+        )
     sites = Counter((e.labels["layout"], e.labels["style"]) for e in made)
     assert min(sites.values()) > 60  # of 90: independent of the site
 
@@ -273,7 +276,7 @@ def test_a_layout_has_its_digits_all_different_and_within_the_picture(layout, fe
         assert np.abs(plan.centres[row, :shown]).max() < 0.75
     if layout == "crowded":
         count = [row for row, kind in enumerate(plan.kinds) if kind == "count"]
-        assert [scenes.ask(plan, row)[1] for row in count] == [str(plan.shown[row]) for row in count]
+        assert [scene_plans.ask(plan, row)[1] for row in count] == [str(plan.shown[row]) for row in count]
         first = plan.centres[:, :4]
         apart = np.abs(first[:, :, None] - first[:, None]).max(3) + 9 * np.eye(4)
         assert apart.min() > 0.5  # each in a cell of its own
@@ -282,7 +285,7 @@ def test_a_layout_has_its_digits_all_different_and_within_the_picture(layout, fe
 def test_overlapping_digits_overlap_and_those_of_two_do_not():
     for layout, overlap in (("overlapping", True), ("two", False)):
         plan = planned(layout)
-        gaps = np.abs(plan.centres[:, 0] - plan.centres[:, 1]).max(1) * scenes.SIDE / 2
+        gaps = np.abs(plan.centres[:, 0] - plan.centres[:, 1]).max(1) * scene_plans.SIDE / 2
         half = plan.sizes[:, :2].mean(1) * 0.7  # a digit fills about two thirds of its square's width
         assert (gaps < half).all() if overlap else (gaps > half).mean() > 0.95
 
@@ -299,20 +302,22 @@ def test_tiny_digits_have_a_third_of_the_ink():
 
 
 def test_every_kind_is_of_one_task_and_says_nothing_that_the_model_was_not_taught():
-    assert set(scenes.TASKS) == set(scenes.QUESTIONS) >= set(scenes.KINDS)
-    assert set(scenes.WORDS) == {
-        word for kind in scenes.KINDS for word in scenes.QUESTIONS[kind].split() if "{" not in word
+    assert set(scene_plans.TASKS) == set(scene_plans.QUESTIONS) >= set(scene_plans.KINDS)
+    assert set(scene_plans.WORDS) == {
+        word for kind in scene_plans.KINDS for word in scene_plans.QUESTIONS[kind].split() if "{" not in word
     }
 
 
 def test_a_statement_holds_where_the_digit_of_that_colour_is_above_the_middle():
     made = scenes.scenes(train=300, validation=0, test=0, kinds=("verify",), vocabulary="english")["train"]
-    plan = scenes.plan_scenes(np.random.default_rng([0, 0]), 300, glyphs.handwriting("train"), ("turku",), ("verify",))
+    plan = scene_plans.plan_scenes(
+        np.random.default_rng([0, 0]), 300, glyphs.handwriting("train"), ("turku",), ("verify",)
+    )
     for row, example in enumerate(made):
         _, _, colour, *rest = example.question.split()
         assert rest == ["digit", "larger", "4", "?"]
         meant = plan.digits[row, : plan.shown[row]][
-            plan.colours[row, : plan.shown[row]] == [*scenes.COLOURS].index(colour)
+            plan.colours[row, : plan.shown[row]] == [*scene_plans.COLOURS].index(colour)
         ]
         assert example.answer == ("1" if meant.item() in (5, 6, 7, 8, 9) else "0")
         assert example.labels["task"] == "entailment" and len(example.images) == 1
@@ -323,8 +328,8 @@ def test_a_pair_is_two_pictures_of_a_digit_each_and_the_larger_ones_side_is_the_
     """Each picture is told by the colour of its ink, as the site shows it: so neither can be the other's."""
     bank = glyphs.handwriting("train")
     made = scenes.scenes(train=200, validation=0, test=0, kinds=("pair",), styles=("plain",))["train"]
-    plan = scenes.plan_scenes(np.random.default_rng([0, 0]), 200, bank, ("plain",), ("pair",))
-    shades = np.array(list(scenes.COLOURS.values()))
+    plan = scene_plans.plan_scenes(np.random.default_rng([0, 0]), 200, bank, ("plain",), ("pair",))
+    shades = np.array(list(scene_plans.COLOURS.values()))
     for row, example in enumerate(made):
         assert example.question == "<image> which side is larger ?" and example.labels["task"] == "pair"
         left, right = plan.digits[row, :2]
@@ -466,10 +471,13 @@ def test_by_label_gives_one_value_a_client_doubles_up_and_where_asked_goes_round
 
 def test_more_clients_than_values_are_refused_with_the_knobs():
     """One value for several clients would be iid under another name."""
-    says = r"partition.by=kind finds 2 values in the dataset \(a, b\) for clients=3; lower clients, take .*share=true"
+    says = r"partition.by=kind gives each client one value, but the dataset has 2 \(a, b\) for clients=3"
     with pytest.raises(ValueError, match=says):
         partition.by_label(many({"a": 9, "b": 9}), 3, seeded(), by="kind")
-    with pytest.raises(ValueError, match=r"partition.by=style finds 1 values in the dataset \(turku\) for clients=2"):
+    with pytest.raises(
+        ValueError,
+        match=r"partition.by=style gives each client one value, but the dataset has 1 \(turku\) for clients=2",
+    ):
         partition.by_label(scenes.scenes(train=9, validation=0, test=0)["train"], 2, seeded())
 
 
@@ -513,12 +521,14 @@ def test_a_balanced_test_split_beside_a_long_tail_follows_the_same_law():
 
 def test_too_few_examples_are_reported_with_the_knob():
     few = many({"a": 3})
-    enough = "partition=iid needs at least one example per client: 3 examples, clients=5.*or raise dataset.train"
+    enough = (
+        "partition=iid needs at least one example per client, but with 3 examples and clients=5.*or raise dataset.train"
+    )
     with pytest.raises(ValueError, match=enough):
         partition.iid(few, 5, seeded())
     with pytest.raises(ValueError, match="partition=by_label needs at least one example per client"):
         partition.by_label(few, 5, seeded(), by="kind", share=True)
-    with pytest.raises(ValueError, match="wants 8 examples for each of clients=5, but there are 3"):
+    with pytest.raises(ValueError, match="needs 8 examples for each of 5 clients, but the dataset has 3"):
         partition.dirichlet(few, 5, seeded())
     with pytest.raises(ValueError, match=r"groups by 'style', but example train/0 has only kind; set partition.by"):
         partition.by_label(few, 2, seeded(), by="style")
@@ -574,15 +584,17 @@ def test_which_ones_stay_is_the_seeds_and_a_longer_tail_keeps_some_of_the_same()
 
 
 def test_a_tail_that_cannot_be_is_refused_with_the_knob():
-    says = r"leaves none of kind '10' in train: 5 of the head over imbalance=9 is less than one; lower dataset.imbal"
+    says = (
+        r"leaves no example with kind '10' in train: the commonest value has 5, .* less than one; lower dataset.imbal"
+    )
     with pytest.raises(ValueError, match=says):
         tailed({"10": 9, "2": 30, "0": 80}, imbalance=9, largest=5)
-    says = r"wants 26 of kind '2' in train, which has 20; lower dataset.largest=80 or set it to null for 9"
+    says = r"needs 26 examples with kind '2' in train, but there are 20; lower dataset.largest=80, set it to null"
     with pytest.raises(ValueError, match=says):
         tailed({"10": 9, "2": 20, "0": 80}, imbalance=9, largest=80)
     with pytest.raises(ValueError, match=r"imbalance=0.5, .*set dataset.imbalance to 1 or more"):
         tailed({"0": 9}, imbalance=0.5)
-    with pytest.raises(ValueError, match=r"largest=0 and 9 examples.*dataset.largest to 1 or more or null"):
+    with pytest.raises(ValueError, match=r"largest=0 and 9 examples.*dataset.largest to null or to 1 or more"):
         tailed({"0": 9}, imbalance=2, largest=0)
     with pytest.raises(ValueError, match=r"long_tail groups by 'class', but .* has only kind; set dataset.by to"):
         long_tail(of=lambda: {"train": many({"0": 9})}, imbalance=2)
@@ -611,7 +623,7 @@ def test_digits_in_even_shares_are_digits_the_question_is_about():
     for split, each in (("train", 20), ("test", 10), ("public", 5)):
         assert Counter(e.answer for e in made[split]) == {str(digit): each for digit in range(10)}
         assert all(e.labels["digit"] == e.answer and e.labels["layout"] == "one" for e in made[split])
-    with pytest.raises(ValueError, match=r"dataset.even=true deals out single digits, but scenes have up to 3; set"):
+    with pytest.raises(ValueError, match=r"dataset.even=true needs scenes of one digit, but these have up to 3; set"):
         scenes.scenes(train=5, even=True)
 
 

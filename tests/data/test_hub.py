@@ -118,7 +118,9 @@ def test_what_is_held_out_is_nobodys_training_data_and_fixed_by_the_seed(folder)
     assert len(set.union(*sets.values())) == 36
     assert set(Counter(e.answer for e in made["public"]).values()) == {2}
     assert ids("public", public=2) == ids("public", public=2, validation=3) != ids("public", public=2, seed=1)
-    with pytest.raises(ValueError, match=r"has 12 of 'zebra' to hold out .*'public': 13.*; lower the dataset's public"):
+    with pytest.raises(
+        ValueError, match=r"has 12 examples of 'zebra', too few to hold out .*'public': 13.*; lower dataset.public"
+    ):
         loaded(folder, public=13)
 
 
@@ -139,12 +141,14 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
     with pytest.raises(ValueError, match=r"names 1 of 1 images that are not in train of .*n00000002_99.JPEG; set data"):
         loaded(folder, ids={"train": ids["train"]})
     lists["train"].write_text("train/n00000002/n00000002_5.JPEG 1\n")
-    with pytest.raises(ValueError, match=r"is of class 1, .* that it is of 2; they number classes differently"):
+    with pytest.raises(ValueError, match=r"has class 1 in .* and class 2 in .*; they number classes differently"):
         loaded(folder, ids={"train": ids["train"]})
     lists["train"].write_text("train/n00000002/n00000002_5.JPEG\n")
-    with pytest.raises(ValueError, match=r"has the line 'train/n00000002/n00000002_5.JPEG'; wanted a file's path and"):
+    with pytest.raises(
+        ValueError, match=r"has the line 'train/n00000002/n00000002_5.JPEG'; each line must be a file's path and"
+    ):
         loaded(folder, ids={"train": ids["train"]})
-    with pytest.raises(ValueError, match=r"dataset.ids.train=nowhere.txt is no file"):
+    with pytest.raises(ValueError, match=r"dataset.ids.train=nowhere.txt is not a file"):
         loaded(folder, ids={"train": "nowhere.txt"})
 
 
@@ -152,12 +156,15 @@ def test_a_list_says_which_rows_there_are(folder, tmp_path):
     ("options", "says"),
     [
         ({"label": "label"}, r"dataset.label=label: .* has no such column; set it to one of img \(Image\), fine_label"),
-        ({"image": "note"}, r"dataset.image=note: .* has no Image there; set it to one of img \(Image\)"),
+        ({"image": "note"}, r"dataset.image=note: .* has no Image in that column; set it to one of img \(Image\)"),
         ({"splits": {"train": "trian"}}, r"(?s)trian.*train.*set dataset.splits or dataset.name"),
-        ({"path": "./nowhere"}, r"(?s)\./nowhere is no folder with data here, nor found on the hub .*; set its path"),
-        ({"splits": {"test": "test"}}, r"needs train"),
+        (
+            {"path": "./nowhere"},
+            r"(?s)\./nowhere is neither a folder with data on this machine nor a dataset on the hub .*; set its path",
+        ),
+        ({"splits": {"test": "test"}}, r"must have train"),
         ({"splits": {"train": "train", "validation": "test"}, "validation": 2}, r"set dataset.validation=2 to 0"),
-        ({"ids": {"valid": "x"}}, r"name in dataset.ids=.*valid.* splits that are there"),
+        ({"ids": {"valid": "x"}}, r"dataset.ids=.*valid.* may name only splits"),
     ],
 )
 def test_what_is_not_there_is_named_with_what_is(folder, options, says):
@@ -225,12 +232,12 @@ def told(path: Path, answers: list) -> Path:
 
 def test_rows_without_an_answer_are_refused_with_the_way_out(tmp_path):
     path = told(tmp_path, ["yes", None, " "])
-    with pytest.raises(ValueError, match=r"2 of 3 in train have no answer.*validation\[:50%\]"):
+    with pytest.raises(ValueError, match=r"2 of 3 examples in train have no answer.*validation\[:50%\]"):
         questions(path=str(path), splits={"train": "train"})
     assert len(questions(path=str(path), splits={"train": "train[:1]"})["train"]) == 1, "the way out"
     with pytest.raises(ValueError, match=r"dataset.question=asked: .* has no such column; set it to one of image \(Im"):
         questions(path=str(path), splits={"train": "train[:1]"}, question="asked")
-    with pytest.raises(ValueError, match=r"dataset.images\[0\]=question: .* has no Image there"):
+    with pytest.raises(ValueError, match=r"dataset.images\[0\]=question: .* has no Image in that column"):
         questions(path=str(path), splits={"train": "train[:1]"}, images=["question"])
 
 
@@ -253,7 +260,9 @@ def test_joined_datasets_go_to_a_client_each(tmp_path):
 def test_a_split_that_one_has_not_is_refused(tmp_path):
     one, other = asked_folder(tmp_path / "one"), asked_folder(tmp_path / "other", ("train", "test"))
     some = partial(questions, path=str(other), splits={"train": "train", "test": "test"})
-    with pytest.raises(ValueError, match=r"validation is empty or missing in b, not in others; give dataset.of.b one"):
+    with pytest.raises(
+        ValueError, match=r"validation is empty or missing in b, but other datasets have it; give dataset.of.b one"
+    ):
         joined(of={"a": partial(questions, path=str(one)), "b": some})
     assert joined(of={"a": lambda: {**some(), "public": [1, 2]}, "b": some})["public"][:].indices == range(2)
 

@@ -16,7 +16,7 @@ from fedmm.aggregate.creff import creff as merge
 from fedmm.aggregate.mean import mean
 from fedmm.config import composition, targets
 from fedmm.data.glyphs import handwriting
-from fedmm.data.scenes import compose
+from fedmm.data.scenes import Recipe, compose
 from fedmm.edge import compact
 from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.prepare import collate
@@ -33,7 +33,7 @@ PLAN = compact.resnet(depths=(1, 1), widths=(8, 16), side=16)
 @pytest.fixture(scope="module")
 def examples():
     rng = np.random.default_rng(0)
-    return compose("train", rng, 24, handwriting("train"), kinds=("colour",), layouts=("one",))
+    return compose("train", rng, 24, handwriting("train"), Recipe(kinds=("colour",), layouts=("one",)))
 
 
 @pytest.fixture(scope="module")

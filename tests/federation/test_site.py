@@ -284,6 +284,9 @@ def test_a_path_that_may_not_be_looked_at_is_not_below_the_root(monkeypatch, tmp
     assert not _below(Path("/root/x"), tmp_path) and not _below(Path("x" * 300), tmp_path)
 
 
+VISION = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 12}
+
+
 def saying(frozen, file: str, **changes):
     said = json.loads(frozen[f"file/{file}"].numpy().tobytes()) | changes
     return frozen | {f"file/{file}": torch.tensor([*json.dumps(said).encode()], dtype=torch.uint8)}
@@ -294,6 +297,17 @@ def saying(frozen, file: str, **changes):
     [
         ("config.json", {"model_type": "clip"}, "the host's model is"),
         ("config.json", {"vision_config": {"model_type": "timm_wrapper"}}, "the host's model is"),
+        (
+            "config.json",
+            {"vision_config": VISION | {"hidden_size": 8_000_000, "num_attention_heads": 1}},
+            "config says",
+        ),
+        ("config.json", {"text_config": {"model_type": "llama", "hidden_size": 10**9}}, "config says"),
+        (
+            "config.json",
+            {"vision_config": VISION | {"num_hidden_layers": 10**9}},
+            "layers, and it sent",
+        ),
         ("config.json", {"auto_map": {"AutoConfig": "evil/repo--config.Config"}}, None),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}, None),
         ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "vocab": "SECRETS"}, None),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
+from contextlib import ExitStack
 from datetime import timedelta
 
 import httpx
@@ -24,16 +26,16 @@ MIB = 1 << 20
 class Door:
     """A gate before a SuperLink that answers 200 to each key in `members`."""
 
-    def __init__(self, *members) -> None:
+    def __init__(self, *members, reply: bytes = b"") -> None:
         self.came: list[httpx.Request] = []
         keys = {base64.b64encode(public_key_to_bytes(key.public_key())).decode() for key in members}
 
         def superlink(request: httpx.Request) -> httpx.Response:
             self.came.append(request)
-            return httpx.Response(200 if request.headers["flwr-public-key"] in keys else 401)
+            return httpx.Response(200 if request.headers["flwr-public-key"] in keys else 401, content=reply)
 
         behind = httpx.AsyncClient(base_url="https://superlink", transport=httpx.MockTransport(superlink))
-        self._gate = gate.Gate(behind)
+        self.gate = gate.Gate(behind)
 
     def ask(self, path: str, headers, *pieces: bytes) -> tuple[int, int]:
         """The status, and how many pieces of the body were read for it."""
@@ -52,7 +54,7 @@ class Door:
         async def send(event):
             said.append(event)
 
-        await self._gate({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send)
+        await self.gate({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send)
         return said[0]["status"], read
 
     async def holds(self, path: str, headers, size: int, last: asyncio.Event) -> asyncio.Task:
@@ -179,3 +181,60 @@ def test_who_opens_a_connection_and_says_nothing_is_cut(monkeypatch):
 
     with asyncio.Runner(loop_factory=gate.Loop) as runner:
         assert runner.run(said()) == b"", "closed, and not by us"
+
+
+def test_a_reply_counts_until_it_is_taken():
+    """Found in a review: 40 replies of 32 MB to a site that does not read them."""
+    key = new_key()
+
+    async def ask() -> list[int]:
+        door, taken, statuses = Door(key, reply=bytes(40 * MIB)), asyncio.Event(), []
+
+        async def receive():
+            return {"type": "http.request", "body": b""}
+
+        async def send(event):
+            if event["type"] == "http.response.start":
+                statuses.append(event["status"])
+            elif event["body"]:
+                await taken.wait()
+
+        scope = {"type": "http", "method": "POST", "path": PULL, "headers": signed(key)}
+        taken.set()
+        await door.gate(scope, receive, send)  # now the key has a share of its own
+        taken.clear()
+        tasks = [asyncio.create_task(door.gate(scope, receive, send)) for _ in range(3)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        taken.set()
+        await asyncio.gather(*tasks)
+        await door.gate(scope, receive, send)
+        return statuses
+
+    assert sorted(asyncio.run(ask())) == [200, 200, 200, 503, 503], "and there is room again once it is taken"
+
+
+def test_one_machine_takes_no_more_than_its_share_of_connections(monkeypatch):
+    monkeypatch.setattr(gate.Listener, "limit", 3)
+    with ExitStack() as stack:
+        listener = stack.enter_context(gate._listen("127.0.0.1:0"))
+        listener.listen()
+        listener.setblocking(False)
+
+        def connect(source: str) -> socket.socket:
+            return stack.enter_context(socket.create_connection(listener.getsockname(), 5, source_address=(source, 0)))
+
+        for _ in range(5):
+            connect("127.0.0.2")
+        stayed = [listener.accept()[0] for _ in range(3)]
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        connect("127.0.0.1")
+        other, address = listener.accept()
+        assert address[0] == "127.0.0.1"
+        stayed.pop().close()
+        connect("127.0.0.2")
+        stayed.append(listener.accept()[0])
+        for socket_ in (*stayed, other):
+            socket_.close()
+            socket_.close()
+        assert not +listener._open

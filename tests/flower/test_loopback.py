@@ -1,4 +1,4 @@
-"""The README's deployment, run by its script and attacked by a stranger who has nothing but the public ca.crt."""
+"""The deployment of docs/DEPLOYMENT.md, run by its script and attacked by a stranger who has only the public ca.crt."""
 
 from __future__ import annotations
 
@@ -244,6 +244,19 @@ def test_a_body_over_the_limit_is_refused(fleet):
         for content in (bytes(size), (bytes(1 << 20) for _ in range(size >> 20))):
             url = f"https://127.0.0.1:{fleet.door}/v1/fleet/push-object"
             assert client.post(url, content=content, headers=signed(new_key())).status_code == 413
+
+
+def test_headers_without_end_fill_no_memory(fleet):
+    """Found in a review: 700 MB of headers from one connection, read before anything asks for a signature."""
+    context = ssl.create_default_context(cafile=str(fleet.keys / "ca.crt"))
+    with (
+        socket.create_connection(("127.0.0.1", fleet.door), 30) as raw,
+        context.wrap_socket(raw, server_hostname="127.0.0.1") as stranger,
+    ):
+        stranger.sendall(b"POST /v1/fleet/pull-object HTTP/1.1\r\n")
+        with pytest.raises(OSError):
+            for number in range(1024):
+                stranger.sendall(b"h%d: %s\r\n" % (number, b"x" * 65_000))
 
 
 def test_connections_that_say_nothing_keep_no_client_out(tmp_path):

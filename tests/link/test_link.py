@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
@@ -18,7 +19,7 @@ from fedmm import tree
 from fedmm.edge import frozen_modules
 from fedmm.link import tls, wire
 from fedmm.link.features import Features
-from fedmm.link.host import Host
+from fedmm.link.host import FREE_REFUSALS, Host
 from fedmm.link.remote import HostGone, HostRefused, RemoteLLM, Session
 from fedmm.model import Model
 from fedmm.types import FedmmError
@@ -348,8 +349,9 @@ def test_an_unknown_verb_names_the_known_ones(link):
         session.call("train")
 
 
-def test_what_a_client_sends_is_logged_in_few_and_short_lines(link, caplog):
+def test_what_a_client_sends_is_logged_in_few_and_short_lines(link, caplog, monkeypatch):
     """Found in a review: 65 MB of log in three seconds, and escapes that a terminal acts on."""
+    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 0.0)
     host, _ = link
     with visiting(host) as session:
         for i in range(40):
@@ -386,6 +388,61 @@ def test_a_frame_that_does_not_go_on_ends_its_session(llava, edge, local_llm):
         assert other.call("card").verb == "card"
 
 
+def test_sessions_that_take_too_much_memory_together_are_cut_from_the_largest(llava, edge, local_llm):
+    """Frames that only just keep moving held a frame's limit for each session."""
+    chunks = list(wire.encode(wire.Frame("echo", {}, {"x": torch.ones(1 << 20)})))  # 4 MiB
+    with (
+        served(llava, edge, local_llm, frame_limit_bytes=5 << 20, frames_bytes=1, deadline_seconds=2.0) as (host, _),
+        visiting(host, client=2) as other,
+        grpc.insecure_channel(f"127.0.0.1:{host.port}") as channel,
+        ThreadPoolExecutor(2) as pool,
+    ):
+
+        def trickles(client: int, first: int) -> grpc.StatusCode:
+            def sent():
+                yield from chunks[:first]
+                for byte in chunks[first]:
+                    yield bytes([byte])
+                    time.sleep(0.2)
+
+            stream = channel.stream_stream(wire.METHOD)
+            replies = stream(sent(), metadata=wire.credentials(client, 1, host.token(1, client)))
+            with suppress(grpc.RpcError):
+                list(replies)
+            return replies.code()
+
+        small, large = pool.submit(trickles, 0, 2), pool.submit(trickles, 1, 4)
+        assert large.result(10) == grpc.StatusCode.CANCELLED
+        assert other.call("card").verb == "card" and not small.done()
+        host.close_round()
+
+
+def test_steps_that_wait_for_their_backward_count_by_their_bytes(llava, edge, local_llm, batch):
+    step = step_tensors(batch, edge)
+    with (
+        served(llava, edge, local_llm, pending=200, frame_limit_bytes=1 << 16, frames_bytes=1) as (host, _),
+        visiting(host) as session,
+        visiting(host, client=1) as other,
+    ):
+        with pytest.raises(HostGone, match="cancelled"):
+            for number in range(200):
+                ask(session, step, "forward", step=number)
+                time.sleep(0.02)
+        assert ask(other, step)["losses"].numel() == 1
+
+
+def test_who_is_refused_again_and_again_is_answered_late(link, batch, edge, monkeypatch):
+    """Steps that are refused cost the host as much as others, and stand in no queue."""
+    monkeypatch.setattr("fedmm.link.host.REFUSAL_PAUSE_SECONDS", 60.0)
+    host, _ = link
+    with visiting(host, client=1) as other:
+        for last in range(FREE_REFUSALS + 1):
+            with visiting(host, deadline_seconds=10.0 if last < FREE_REFUSALS else 0.5) as session:
+                with pytest.raises(HostRefused if last < FREE_REFUSALS else HostGone):
+                    session.call("train")
+        assert ask(other, step_tensors(batch, edge))["losses"].numel() == 1
+
+
 def test_a_silent_session_gives_way_to_a_client_that_waits(llava, edge, local_llm, monkeypatch):
     monkeypatch.setattr("fedmm.link.host.IDLE_DEADLINES", 1)
     with served(llava, edge, local_llm, sessions=1, deadline_seconds=1.0) as (host, _), visiting(host) as silent:
@@ -418,6 +475,37 @@ def test_a_host_that_is_silent_is_named_within_the_deadline():
         with Session(address, client=0, round=1, token="x", deadline_seconds=0.5) as session:
             with pytest.raises(HostGone, match=r"'card' within 0.5 s.*link.deadline_seconds"):
                 session.call("card")
+
+
+def test_a_host_that_sends_without_being_asked_fills_no_memory_of_a_client():
+    """gRPC holds a few MB until they are read; a client reads one frame for each that it sent."""
+    sent: list[bytes] = []
+
+    def endless(chunks, context):
+        yield from wire.encode(wire.Frame("open"))
+        yield from wire.encode(wire.Frame("card"))
+        for chunk in list(wire.encode(wire.Frame("echo", {}, {"x": torch.zeros(1 << 20)}))) * 100:
+            sent.append(chunk)
+            yield chunk
+
+    server = grpc.server(ThreadPoolExecutor(1), options=wire.GRPC_OPTIONS)
+    service, method = wire.METHOD.strip("/").split("/")
+    handlers = {method: grpc.stream_stream_rpc_method_handler(endless)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Session(f"127.0.0.1:{port}", client=0, round=1, token="x", deadline_seconds=10.0) as session:
+            assert session.call("card").verb == "card"
+            before = -1
+            while len(sent) > before:  # until it goes on no more
+                before = len(sent)
+                time.sleep(1.0)
+            assert len(sent) < 200, "of 500 chunks of 1 MiB"
+            with pytest.raises(HostGone, match="answered 'echo' to 'card'"):
+                session.call("card")
+    finally:
+        server.stop(None).wait()
 
 
 def test_the_end_of_a_round_cuts_its_sessions(link):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from finished import composed_arm, page, rows_of, write_arm
 from helpers import every
 
 from fedmm.cli import main
 from fedmm.results import intervals, plots, table
+
+RECORDS = Path(__file__).resolve().parents[1] / "docs" / "records"
 
 
 def cell(rows: list[intervals.Row], label: str, heading: str, against: str = "FedAvg") -> str:
@@ -69,9 +74,9 @@ def test_a_figure_of_fewer_seeds_than_its_row_says_so(runs, tmp_path):
 
 
 def test_what_cannot_be_averaged_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match=r"FedAvg with seed 0 again.*give each seed once"):
+    with pytest.raises(ValueError, match=r"both have FedAvg with seed 0; give each seed once"):
         rows_of([*runs, write_arm(tmp_path / "again", "FedAvg", 0, {"0": 0.5})])
-    with pytest.raises(ValueError, match=r"differ in rounds: 8 and 9; set label"):
+    with pytest.raises(ValueError, match=r"differ in rounds: 8 and 9; give one of them another label"):
         rows_of([*runs, write_arm(tmp_path / "longer", "FedAvg", 7, {"0": 0.5}, rounds=9)])
 
 
@@ -113,14 +118,39 @@ def test_compare_writes_a_page(runs, tmp_path, capsys):
     assert "| FedAvg |" in capsys.readouterr().out
     assert "![accuracy" in into.read_text() and into.with_suffix(".png").exists()
     assert main(["compare", *map(str, runs[:-1]), "--into", str(into)]) == 2
-    assert "1 of them, as ('domain', 'local', 2); name it among" in capsys.readouterr().err
+    assert "has 1 runs or searches that would be lost, such as ('domain', 'local', 2); add" in capsys.readouterr().err
     assert main(["compare", *map(str, runs[:-1]), str(into.with_suffix(".jsonl")), "--into", str(into)]) == 0
     assert main(["compare", *map(str, runs), "--into", str(runs[0] / "summary.json" / "page.md")]) == 1
     assert main(["compare", str(tmp_path)]) == 2
     assert "no finished run" in capsys.readouterr().err
     write_arm(tmp_path / "third", "X", 0, {"0": 0.5})
     assert main(["compare", *map(str, runs), str(tmp_path / "third"), "--against", "FedDAT"]) == 2
-    assert "there are" in capsys.readouterr().err
+    assert "none of these arms" in capsys.readouterr().err
+
+
+def test_records_go_where_they_are_asked_to(runs, tmp_path, capsys):
+    page_file, records_file = tmp_path / "page.md", tmp_path / "records" / "page.jsonl"
+    records_file.parent.mkdir()
+    compare = ["compare", *map(str, runs), "--into", str(page_file)]
+    assert main([*compare, "--records", str(records_file)]) == 0
+    assert "[page.jsonl](records/page.jsonl)" in page_file.read_text()
+    assert records_file.exists() and not page_file.with_suffix(".jsonl").exists()
+    assert main(["compare", *map(str, runs[:-1]), "--into", str(page_file), "--records", str(records_file)]) == 2
+    assert f"add {records_file} to" in capsys.readouterr().err
+    assert main([*compare, "--records", str(tmp_path / "page.txt")]) == 2
+    assert "must end in .jsonl" in capsys.readouterr().err
+    assert main(["compare", *map(str, runs), "--records", str(records_file)]) == 2
+    assert "needs a page: give --into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDS.glob("*.jsonl")))
+def test_a_published_page_shows_what_its_records_say(name):
+    """The table of docs/NAME.md, computed again from docs/records/NAME.jsonl."""
+    published = (RECORDS.parent / f"{name}.md").read_text()
+    against = re.search(r"--against ('[^']*'|\S+)", published.splitlines()[2])
+    rows = rows_of([RECORDS / f"{name}.jsonl"])
+    assert f"[{name}.jsonl](records/{name}.jsonl)" in published
+    assert table.markdown(rows, table.columns(against and against[1].strip("'"), rows)) in published
 
 
 def test_groups_have_columns_where_a_row_has_them(runs, tmp_path):
@@ -151,14 +181,16 @@ def test_an_arm_named_after_another_is_set_against_it(tmp_path):
         assert cell(rows, f"FedAvg, LoRA in the LLM, edge.rank={rank}", "own - FedAvg") == "+10.0 ¹"
         assert cell(rows, f"FedAvg, edge.rank={rank}", "own - FedAvg") == "–"
     assert intervals.against(["FedAvg, plateau", "local"], None) == "FedAvg, plateau"
-    with pytest.raises(ValueError, match="'FedAvg' is no arm here"):
+    with pytest.raises(ValueError, match="'FedAvg' is none of these arms"):
         intervals.against(["FedAvg, plateau", "local"], "FedAvg")
 
 
 def test_arms_of_other_data_do_not_stand_side_by_side(tmp_path):
     test = [write_arm(tmp_path / "a", "FedAvg", 0, {"0": 0.5})]
     tuning = write_arm(tmp_path / "b", "FedDAT", 0, {"0": 0.6}, split="validation")
-    with pytest.raises(ValueError, match=r"FedAvg and FedDAT are both on domain and differ in evaluate.split: 'test'"):
+    with pytest.raises(
+        ValueError, match=r"FedAvg and FedDAT have the same data=domain but differ in evaluate.split: 'test'"
+    ):
         rows_of([*test, tuning])
     swept = write_arm(tmp_path / "c", "FedDAT, evaluate.split=validation", 0, {"0": 0.6}, split="validation")
     rows = rows_of([*test, swept])
@@ -240,5 +272,5 @@ def test_a_row_is_set_against_itself_with_another_value_of_a_setting(tmp_path):
         shown = [cell(rows, f"{label}, fault={end}", "own - fault=none", "fault=none") for end in ends]
         assert shown == ["–", f"-{10.0 * times} ¹", f"-{30.0 * times} ¹"]
     assert cell(rows, "local", "own - fault=none", "fault=none") == "–"
-    with pytest.raises(ValueError, match="'fault=nan' is no arm here"):
+    with pytest.raises(ValueError, match="'fault=nan' is none of these arms"):
         intervals.against([row.label for row in rows], "fault=nan")

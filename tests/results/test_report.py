@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
+from fedmm import cli
 from fedmm.config import composition
 from fedmm.evaluate.answers import Answer
 from fedmm.federation import build
@@ -417,3 +418,11 @@ def test_a_line_that_a_kill_cut_off_is_skipped(tmp_path):
     events.write_text(events.read_text() + '{"time": 1, "ev\n')
     main.event("finished", report="new")
     assert watched(tmp_path / "run")[0] == 0
+
+
+def test_an_interrupted_watch_ends_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(*args, **how):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress, "watch", interrupted)
+    assert cli.main(["watch", str(tmp_path)]) == 130

@@ -21,7 +21,8 @@ from fedmm.llm.loading import TINY, twin
 from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
-from fedmm.stages.captions import Caption, Writer, hub, keep, oracle, own, prepared, training, write
+from fedmm.stages.caption_records import Caption, keep
+from fedmm.stages.captions import Writer, hub, oracle, own, prepared, training, write
 from fedmm.stages.kept import fingerprint
 
 PROMPTS = ["{question}", "what is the sum ?", "which digit is left ?"]

@@ -71,7 +71,7 @@ def test_the_search_is_on_validation_with_its_own_seed_and_takes_the_best(tmp_pa
         plan.search("optimizer.lr=1e-3")
     with pytest.raises(settings.ConfigError, match="gives 0.001 twice"):
         plan.search("optimizer.lr=1e-3,3e-3,0.001")
-    with pytest.raises(settings.ConfigError, match="seed=100 is that of the search"):
+    with pytest.raises(settings.ConfigError, match="seed=100 is reserved for the search"):
         plan.trials(tmp_path, ["arm=fedavg", "seed=0,100"], tuned)
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_words(tmp_path, monkeypat
     assert sum("FAILED" in line for line in said) == 1
     assert {path.name for path in (tmp_path / "runs").glob("*/")} >= {"arm-fedavg", "arm-fedprox"}
     runner.run(tmp_path, ["arm=fedavg,fedprox,fednano"], None, at_once=1, check=lambda _: None, say=said.append)
-    assert said[-2] == "2 of 3 are done already", "more values later find what is there"
+    assert said[-2] == "2 of 3 runs are already done", "more values later find what is there"
 
 
 def test_what_a_killed_sweep_left_running_is_waited_for(tmp_path):
@@ -212,11 +212,11 @@ def test_one_value_for_all_scenarios_is_the_best_on_average(tmp_path, monkeypatc
     alone = runner.run(tmp_path / "each", ["arm=fedavg", "scenario=domain"], plan.search(tune), known=known, **how)
     assert alone.choices[0].chosen == "0.009" and list(alone.choices[0].tried) == ["0.001", "0.003", "0.009", "0.027"]
     assert ran == ["domain 0.009 0"], "it goes on past the end that is best, to what is known"
-    with pytest.raises(settings.ConfigError, match="--tune-across method is no override of this sweep"):
+    with pytest.raises(settings.ConfigError, match="--tune-across method must name settings that this sweep overrides"):
         runner.run(tmp_path / "x", asked, plan.search(tune, "method"), **how)
     with pytest.raises(settings.ConfigError, match="--tune-across seed"):
         runner.run(tmp_path / "x", [*asked, "seed=0,1"], plan.search(tune, "seed"), **how)
-    with pytest.raises(settings.ConfigError, match="has nothing to choose; add --tune"):
+    with pytest.raises(settings.ConfigError, match="needs a setting to choose; add --tune"):
         plan.search(None, "scenario")
 
 
@@ -247,7 +247,7 @@ def test_what_is_known_is_not_run_again(tmp_path, ran, capsys):
     asked = ["arm=fedavg,local", "seed=0,1", *tune, "--known", known]
     assert main(["sweep", str(tmp_path / "rest"), *asked]) == 0
     assert sorted(ran) == ["FedAvg 0.003 1", "local 0.001 100", "local 0.003 0", "local 0.003 1", "local 0.003 100"]
-    assert "1 of 4 are known\n" in capsys.readouterr().out
+    assert "1 of 4 runs are in --known\n" in capsys.readouterr().out
     whole, rest = ((tmp_path / of / "results.md").read_text() for of in ("whole", "rest"))
     commands = [line.split("`")[1].split()[:3] for line in rest.splitlines() if line.startswith("- `")]
     assert commands == [["fedmm", "sweep", str(tmp_path / of)] for of in ("rest", "part")]
@@ -334,7 +334,7 @@ def test_a_search_ends_before_a_value_that_cannot_be(tmp_path, ran):
 def test_what_is_searched_cannot_be_given_too(tmp_path):
     search = plan.search("optimizer.lr=1e-3,3e-3")
     for given in ("optimizer.lr=1e-3,3e-3", "++optimizer.lr=5e-3"):
-        with pytest.raises(settings.ConfigError, match="optimizer.lr is what --tune chooses; leave"):
+        with pytest.raises(settings.ConfigError, match="optimizer.lr is set by --tune and by optimizer.lr=...; remove"):
             runner.run(tmp_path, ["arm=fedavg", given], search, at_once=1, check=lambda _: None, say=print)
 
 
@@ -357,9 +357,9 @@ def test_data_are_called_by_what_chose_them():
 
 @pytest.mark.run
 def test_a_sweep_refuses_what_its_table_could_not_tell_apart(tmp_path):
-    with pytest.raises(settings.ConfigError, match="no compare"):
+    with pytest.raises(settings.ConfigError, match="cannot use compare"):
         plan.jobs(tmp_path, ["arm=fedavg", "compare=[local]"])
-    with pytest.raises(settings.ConfigError, match="are both called"):
+    with pytest.raises(settings.ConfigError, match="both have the label"):
         runner.run(tmp_path, ["arm=fedavg,fedprox", "label=mine"], None, at_once=1, check=lambda _: None, say=print)
 
 

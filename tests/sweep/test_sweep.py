@@ -74,5 +74,5 @@ def test_a_preset_with_arms_to_compare_gives_a_run_of_one_arm(tmp_path):
 
 def test_an_arm_to_set_against_that_is_none_is_told_before_any_run(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "sweep"), *ASKED, "--against", "FedAvgg"]) == 2
-    assert "'FedAvgg' is no arm here; there are 'FedAvg', 'local'" in capsys.readouterr().err
+    assert "'FedAvgg' is none of these arms: 'FedAvg', 'local'" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
