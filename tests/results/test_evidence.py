@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from finished import composed_arm, page, rows_of, write_arm
-from helpers import every
+from helpers import ROOT, every
 
 from fedmm.cli import main
 from fedmm.results import intervals, plots, table
 
-RECORDS = Path(__file__).resolve().parents[1] / "docs" / "records"
+RECORDS = ROOT / "docs" / "records"
 
 
 def cell(rows: list[intervals.Row], label: str, heading: str, against: str = "FedAvg") -> str:
