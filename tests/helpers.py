@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fedmm.config import composition
 from fedmm.edge import frozen_modules
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.link.session import Session
@@ -145,18 +146,22 @@ def gradients(edge: NanoEdge) -> dict[str, torch.Tensor]:
 
 def run(backbone, folder: Path, *overrides: str, page: bool = False) -> Path:
     """A whole run in this process, small enough for a test; `page` writes its report too, which takes as long again."""
-    from fedmm.config.composition import quoted
     from fedmm.flower import inprocess
     from fedmm.flower.server_app import plan
 
-    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, quoted("run.dir", folder)]
+    asked = [*backbone, *SMALL, *DATA, "run.at_once=1", *overrides, composition.quoted("run.dir", folder)]
     return inprocess.run(plan(asked), page=page)
 
 
-def in_tiers(run: Sequence[object], nightly: Sequence[object]) -> list:
-    """Parameters of whole runs: some for each change, the others at night."""
-    marked = [(value, pytest.mark.run) for value in run] + [(value, pytest.mark.nightly) for value in nightly]
-    return [pytest.param(value, marks=mark) for value, mark in marked]
+def in_tiers(**tiers: Iterable[object]) -> list:
+    """Parameters of a test by the tier that runs it: in_tiers(unit=["fedavg"], deploy=["feddat", "local"])."""
+    marks = {tier: () if tier == "unit" else getattr(pytest.mark, tier) for tier in tiers}
+    return [pytest.param(value, marks=marks[tier]) for tier, values in tiers.items() for value in values]
+
+
+def every(group: str, *quick: str) -> list:
+    """Every yaml of a group: those named here in the unit tier, the others in the tier that tries every yaml."""
+    return in_tiers(unit=quick, deploy=[name for name in composition.options(group) if name not in quick])
 
 
 def rounds(path: Path) -> list[dict]:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+
 GLOSSARY = (ROOT / "CONTRIBUTING.md").read_text().partition("## Glossary")[2]
 TERMS = re.findall(r"\*\*([^*]+)\*\*", GLOSSARY)
 RETIRED = {word for row in re.findall(r"^\| (`.*?) \|", GLOSSARY, re.MULTILINE) for word in re.findall(r"`(\w+)`", row)}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import runpy
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import get_type_hints
 
-from fedmm.config.settings import Config
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+from fedmm.config.settings import Config
 
 
 def test_the_page_of_settings_is_up_to_date():

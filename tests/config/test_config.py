@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers import every
 from omegaconf import OmegaConf
 
 from fedmm.aggregate import lowrank
@@ -212,7 +213,7 @@ def test_one_scalar_carries_a_whole_command_line():
         composition.split("run.dir='half")
 
 
-@pytest.mark.parametrize("arm", options("arm"))
+@pytest.mark.parametrize("arm", every("arm", "fedavg", "feddat_llm", "mllmfl"))
 def test_what_an_arm_sets_holds(arm):
     """A value of config.yaml must not win over the arm's own, nor a preset's, nor one asked for the main arm over a
     compared one's."""

@@ -28,6 +28,7 @@ from fedmm.runs.folder import read_rows
 def asked() -> list[str]:
     """The embedded LLaVA, which ServerApp and ClientApps must find in Flower's bundle with no path configured."""
     sizes = ["dataset.train=64", "dataset.validation=20", "dataset.test=40"]
+    sizes += ["run.wait_seconds=600"]  # a busy machine starts SuperNodes slowly
     return ["rounds=2", "clients=2", "compare=[feddat_llm]", "edge.rank=4", "partition=iid", *sizes]
 
 

@@ -716,7 +716,9 @@ def test_a_client_whose_backbone_is_another_is_told(backbone, tmp_path, monkeypa
         run(backbone, tmp_path / "run", "llm.where=client", "rounds=1")
 
 
-@pytest.mark.parametrize("arm", in_tiers(["fedavg", "fednano_ef"], ["fedprox", "fednano", "local", "centralised"]))
+@pytest.mark.parametrize(
+    "arm", in_tiers(run=["fedavg", "fednano_ef"], nightly=["fedprox", "fednano", "local", "centralised"])
+)
 def test_every_arm_trains_inside_the_llm_too(backbone, tmp_path, arm):
     inside = ["llm.where=client", "inner=lora", "edge.rank=0", "rounds=3", "schedule=constant", "optimizer.lr=0.02"]
     path = run(backbone, tmp_path / "run", f"arm={arm}", *inside)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from finished import page, rows_of, write_arm
-from omegaconf import OmegaConf
+from finished import composed_arm, page, rows_of, write_arm
+from helpers import ROOT, every
 
 from fedmm.cli import main
-from fedmm.config import composition
 from fedmm.results import intervals, plots, table
 
-RECORDS = Path(__file__).resolve().parents[1] / "docs" / "records"
+RECORDS = ROOT / "docs" / "records"
 
 
 def cell(rows: list[intervals.Row], label: str, heading: str, against: str = "FedAvg") -> str:
@@ -229,18 +227,17 @@ def test_who_was_not_scored_is_in_no_difference_and_said_to_be_missing(tmp_path)
     assert cell(rows, "FedDAT", "updates lost") == "6"
 
 
-@pytest.mark.parametrize("arm", composition.options("arm"))
+@pytest.mark.parametrize("arm", every("arm", "fedavg", "feddat_llm", "mllmfl"))
 def test_seeds_of_one_arm_are_one_row(tmp_path, arm):
     """As they are composed: some settings follow the seed, as a rule's own."""
-    paths = []
-    for seed in (0, 1):
-        cfg = composition.compose([f"arm={arm}", f"seed={seed}", f"run.dir={tmp_path}/{seed}"])
-        paths.append(write_arm(tmp_path / str(seed), cfg.label, seed, {"0": 0.5}))
-        (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    asked = ([f"arm={arm}", f"seed={seed}", f"run.dir={tmp_path}/{seed}"] for seed in (0, 1))
+    paths = [composed_arm(tmp_path / str(seed), overrides, {"0": 0.5}) for seed, overrides in enumerate(asked)]
     assert [len(row.by_seed) for row in rows_of(paths)] == [2, 2]
-    other = composition.compose([f"arm={arm}", "seed=2", "dataset.seed=5"])
-    paths.append(write_arm(tmp_path / "2", other.label, 2, {"0": 0.5}))
-    (paths[-1] / "config.yaml").write_text(OmegaConf.to_yaml(other))
+
+
+def test_seeds_on_other_data_are_no_row(tmp_path):
+    asked = ["seed=0"], ["seed=1", "dataset.seed=5"]
+    paths = [composed_arm(tmp_path / str(seed), overrides, {"0": 0.5}) for seed, overrides in enumerate(asked)]
     with pytest.raises(ValueError, match=r"differ in dataset.seed"):
         rows_of(paths)
 

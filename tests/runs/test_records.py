@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from finished import composed_arm, page, rows_of, write_arm
+from helpers import every
 
 from fedmm.cli import main
 from fedmm.config import composition
@@ -39,7 +40,7 @@ def asked_of(*overrides: str) -> dict[str, object]:
     return records.settings_of(composition.compose(overrides))
 
 
-@pytest.mark.parametrize("arm", composition.options("arm"))
+@pytest.mark.parametrize("arm", every("arm", "fedavg", "feddat_llm", "mllmfl"))
 def test_a_run_is_known_by_what_it_was_asked(tmp_path, arm):
     """Whatever its file made of lists, interpolations and small numbers; and not by where it ran."""
     made = composed_arm(tmp_path / "run", [f"arm={arm}", "seed=3", f"run.dir={tmp_path}/run"], {"0": 0.5})
