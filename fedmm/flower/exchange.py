@@ -16,13 +16,12 @@ from fedmm.config.settings import Config
 from fedmm.federation.claims import Claims
 from fedmm.federation.client import Order
 from fedmm.flower import messages
-from fedmm.flower.recorder import Recorder
-from fedmm.link.host import Host, Traffic
+from fedmm.flower.recorder import Recorder, TrafficByVerb
+from fedmm.link.host import Host
 from fedmm.shown import one_line
 from fedmm.types import FedmmError, Update
 
 log = logging.getLogger("fedmm")
-POLL_SECONDS = 0.05
 
 
 class Inbox:
@@ -32,7 +31,7 @@ class Inbox:
         self.recorder, self.claims = recorder, claims
         self._failure: FedmmError | None = None  # the folder did not take an update: the run cannot go on
 
-    def take(self, round: int, update: Update, traffic_of: Callable[[int], Mapping[tuple[int, str], Traffic]]) -> None:
+    def take(self, round: int, update: Update, traffic_of: Callable[[int], TrafficByVerb]) -> None:
         """Make an update safe. Raises ValueError, for the client to read, if it is not: then it is not acknowledged."""
         if fault := self.claims.examples_fault(update.client, update.num_examples):
             raise ValueError(f"the update {fault}")
@@ -95,7 +94,7 @@ class Exchange:
                 late = f"did not report within run.round_seconds={self.cfg.run.round_seconds:g}"
                 return lost | {order.client: late for order in pending.values()}
             if pending:
-                time.sleep(POLL_SECONDS)
+                time.sleep(messages.POLL_SECONDS)
         return lost
 
     def _take(self, order: Order, reply: Message | str) -> str | None:

@@ -22,6 +22,7 @@ _SCORES = {"parts": int, "right": int, "count": int}
 _ANSWERS = {"parts": int, "ids": str, "said": str, "truths": str}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST = 2**63 - 1
+POLL_SECONDS = 0.05  # between two looks for replies
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, DecodeError)
 """What reading a client's words may raise; not what a SuperLink that is gone does (httpx)."""
 

@@ -17,37 +17,36 @@ from fedmm.shown import one_line
 from fedmm.types import FedmmError
 
 log = logging.getLogger("fedmm")
-POLL_SECONDS = 0.05
 
 
-def find_clients(grid: Grid, run: RunConfig, clients: int, report: Callable[[Event], None]) -> dict[int, int]:
+def find_clients(grid: Grid, run: RunConfig, clients: int, log_event: Callable[[Event], None]) -> dict[int, int]:
     """The node of each client 0..clients-1. Waits for them; raises FedmmError naming those that did not come.
 
     With `run.nodes` a client is the node that was registered by that name, whatever a node says of itself: Flower gives
     names, and keys, to nodes that its operator registered, and to no others. Without, a node is asked, and the first
     that says a number keeps it: a later one must not push it out. A node that gives no usable answer is left aside,
-    and each is reported.
+    and each is an event.
     """
     deadline = time.monotonic() + run.wait_seconds
     node_of: dict[int, int] = {}
-    rounds_of_answers = _registered(grid, run.nodes) if run.nodes else _answers(grid)
+    polls = _registered(grid, run.nodes) if run.nodes else _answers(grid)
     reported: set[tuple[int, str]] = set()
     while not set(range(clients)) <= node_of.keys():
-        for node, answer in next(rounds_of_answers):
+        for node, answer in next(polls):
             reason = _not_a_client(node, answer, clients, node_of)
             if reason is None:
                 node_of[answer] = node
             elif (node, reason) not in reported:
                 reported.add((node, reason))
                 log.warning("node %d is left aside: %s", node, reason)
-                report(NodeLeftAside(str(node), reason))
+                log_event(NodeLeftAside(str(node), reason))
         if time.monotonic() > deadline:
             missing = sorted(set(range(clients)) - node_of.keys())
             raise FedmmError(
                 f"clients {missing} of {clients} did not come within {run.wait_seconds:g} s; start their SuperNodes "
                 "(simulation: --federation-config num-supernodes=N), lower clients, or raise run.wait_seconds"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(messages.POLL_SECONDS)
     return node_of
 
 
