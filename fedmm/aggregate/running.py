@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +59,12 @@ def fitting(current: State, update: Update) -> State:
 def share(update: Update, weights: Weights) -> float:
     """What an update counts before the weights are brought to sum 1: its examples, or 1."""
     return float(update.num_examples) if weights == "examples" else 1.0
+
+
+def weights_of(rule: Callable[..., Any]) -> Weights:
+    """How a rule weighs clients: what its `weights` is bound to, or its default. A rule without counts all alike."""
+    parameter = inspect.signature(rule).parameters.get("weights")
+    return parameter.default if parameter else "uniform"
 
 
 def step(average: Tensor, value: Tensor, weight: Tensor | float, total: Tensor | float) -> Tensor:

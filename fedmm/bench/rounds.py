@@ -26,8 +26,10 @@ from fedmm.edge.prepare import encode, prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.federation.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
 from fedmm.flower.inprocess import InProcessGrid
-from fedmm.flower.rounds import find_clients, run_arm
+from fedmm.flower.nodes import find_clients
+from fedmm.flower.rounds import run_arm
 from fedmm.model import Model
+from fedmm.runs import events
 from fedmm.runs.folder import RunFolder
 from fedmm.storage.tensor_store import Store
 from fedmm.train import train
@@ -63,8 +65,9 @@ def _rounds(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
         closing(Store(memory_bytes=cfg.link.cache_memory_mb << 20)) as store,
     ):
         folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
-        run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.event), cfg, overrides, held, folder, store)
-        return [row["seconds"] for row in folder.rows("events.jsonl") if row["event"] == "round" and row["round"] > 1]
+        run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.log), cfg, overrides, held, folder, store)
+        ended = [logged.event for logged in events.read(folder.path) if isinstance(logged.event, events.RoundEnded)]
+        return [event.seconds for event in ended if event.round > 1]
 
 
 def _alone(cfg: Config, held: Whole) -> float:

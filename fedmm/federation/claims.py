@@ -31,7 +31,7 @@ class Claims:
             for client, count in row["examples"].items():
                 self.accept_examples(int(client), count)
         for client in folder.arrived(round):
-            self.accept_examples(client, folder.about(round, client)["num_examples"])
+            self.accept_examples(client, folder.update_header(round, client).num_examples)
         for row in folder.rows("scores.jsonl"):
             self.accept_questions(row["client"], row["part"], row["count"])
 

@@ -38,6 +38,7 @@ from fedmm.federation.build import Whole, cached_encoder, initial_state, server_
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
+from fedmm.runs.events import StageProgress, StateAligned
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.stages.align import Aligned, Teacher, tuned
 from fedmm.stages.captions import prepared_files
@@ -107,7 +108,7 @@ class _Pretraining:
         _once(self.folder, stage="pretrain", round=0, **texts, **sizes, **cost)
 
     def _says(self, says: str) -> None:
-        self.folder.event("stage", label=self.cfg.label, says=says)
+        self.folder.log(StageProgress(self.cfg.label, says))
 
     def _looks(self, mllm: MLLM, examples: Sequence[Example]) -> list[Look]:
         side = make(self.cfg.compact).side
@@ -133,7 +134,7 @@ class Alignment:
         there is no open image of a class."""
         self.cfg, self.folder = cfg, folder
         began, self._waited = time.perf_counter(), 0.0
-        folder.event("stage", label=cfg.label, says="the MLLM is asked about the open images")
+        folder.log(StageProgress(cfg.label, "the MLLM is asked about the open images"))
         by_mllm = cfg.align.labels == "mllm"
         with _threads(cfg.align.threads):
             asks = by_mllm or bool(cfg.align.step.get("beta", 1.0))
@@ -159,7 +160,7 @@ class Alignment:
             self.teacher = _teacher(self._mllm, some, scores_NC) if self._mllm else _nobody
         if self.agreement is not None:
             share = f"{100 * self.agreement:.0f}% of {len(chosen)} open images"
-            folder.event("stage", label=cfg.label, says=f"by itself the MLLM knows {share}")
+            folder.log(StageProgress(cfg.label, f"by itself the MLLM knows {share}"))
         cost = {"seconds": time.perf_counter() - began - self._waited, "llm_samples": self._samples()}
         about = {"images": len(chosen), "held_out": len(held_out), "zero_shot": self.agreement}
         _once(folder, stage="open set", round=0, **about, **cost)
@@ -177,7 +178,7 @@ class Alignment:
         about = {key: value for key, value in vars(found).items() if key != "state"}
         about |= {"seconds": time.perf_counter() - began, "llm_samples": self._samples() - samples}
         _once(self.folder, stage="align", round=round, **about)
-        self.folder.event("aligned", round=round, **about)
+        self.folder.log(StateAligned(round, found.steps, about["seconds"]))
         return found.state
 
     def _samples(self) -> int:

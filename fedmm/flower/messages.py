@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from beartype.door import is_bearable
 from flwr.app import Array, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from fedmm.evaluate.answers import Answer
 from fedmm.federation.client import Order, Report
@@ -20,6 +22,9 @@ _SCORES = {"parts": int, "right": int, "count": int}
 _ANSWERS = {"parts": int, "ids": str, "said": str, "truths": str}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST = 2**63 - 1
+POLL_SECONDS = 0.05  # between two looks for replies
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, DecodeError)
+"""What reading a client's words may raise; not what a SuperLink that is gone does (httpx)."""
 
 
 def ask_who(node: int) -> Message:
@@ -104,6 +109,24 @@ def read_report(reply: Message, limit_bytes: int) -> Report:
         [(part, Answer(id, said, truth)) for part, id, said, truth in _rows(_record(reply, "answers"), _ANSWERS)],
         _metrics(reply),
     )
+
+
+def replies(grid: Grid, ids: Iterable[str]) -> Iterator[tuple[str, Message | str]]:
+    """The replies that have come to these messages, each under the id of its message. A reply that Flower cannot put
+    together is a text with the reason.
+
+    One at a time: a reply that cannot be read would take along the others of its call, and which message it answers is
+    a client's word too.
+    """
+    for id in ids:
+        try:
+            came = list(grid.pull_messages([id]))[:1]
+            usable = all(isinstance(reply, Message) for reply in came)
+        except UNREADABLE as error:
+            yield id, f"its reply cannot be read: {type(error).__name__}: {error}"
+            continue
+        if came:
+            yield id, came[0] if usable else "its reply is no message"
 
 
 def size_bytes(message: Message) -> int:

@@ -18,8 +18,10 @@ from fedmm.config.settings import Config
 from fedmm.federation import descriptors
 from fedmm.federation.build import Whole, partition, splits, whole
 from fedmm.federation.server_stages import check_stages
-from fedmm.flower.rounds import find_clients, run_arm
+from fedmm.flower.nodes import find_clients
+from fedmm.flower.rounds import run_arm
 from fedmm.results import report
+from fedmm.runs.events import RunBegan, RunFailed, RunFinished
 from fedmm.runs.folder import RunFolder, alone, check_folder
 from fedmm.storage.tensor_store import Store
 from fedmm.types import FedmmError
@@ -80,17 +82,16 @@ def _run(grid: Grid, arms: list[Arm], held: Whole, page: bool) -> Path:
     folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
     top = folders[0]
     try:
-        top.event("run", arms=[arm.cfg.label for arm in arms], dir=str(top.path))
-        nodes = find_clients(grid, arms[0].cfg.run, arms[0].cfg.clients, top.event)
+        top.log(RunBegan([arm.cfg.label for arm in arms], str(top.path)))
+        nodes = find_clients(grid, arms[0].cfg.run, arms[0].cfg.clients, top.log)
         with closing(_feature_store(arms[0].cfg, top.path)) as store:
             for arm, folder in zip(arms, folders, strict=True):
                 run_arm(grid, nodes, arm.cfg, arm.overrides, held, folder, store)
-        written = {"report": str(report.write(top.path))} if page else {}
-        top.event("finished", **written)
+        top.log(RunFinished(str(report.write(top.path)) if page else ""))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         with suppress(FedmmError):  # of a full disk: `error` says so already, and this one would hide it
-            top.event("failed", error="stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}")
+            top.log(RunFailed("stopped from the keyboard" if stopped else f"{type(error).__name__}: {error}"))
         raise
     return top.path
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fedmm.storage import disk
 
 PACKED = "weights.jsonl"
 WEIGHTS = "model.safetensors"
@@ -26,38 +26,37 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 def pack(folder: Path, into: Path) -> Path:
     """Write `folder`'s model.safetensors as `into`/weights.jsonl, its JSON files beside it; returns `into`."""
-    into.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("*.json")):
-        shutil.copyfile(path, into / path.name)
-    aside = into / f".{PACKED}.{os.getpid()}"
-    with safe_open(folder / WEIGHTS, framework="pt") as tensors, aside.open("w") as file:
-        for name in sorted(tensors.keys()):
-            file.write(json.dumps(_line(name, tensors.get_tensor(name))) + "\n")
-    aside.replace(into / PACKED)
+    _copy_json(folder, into)
+    with disk.replacing(into / PACKED, public=True) as aside, aside.open("w") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                file.write(json.dumps(_line(name, tensors.get_tensor(name))) + "\n")
     return into
 
 
 def unpack(folder: Path, into: Path) -> Path:
     """Write `folder`'s weights.jsonl as an ordinary checkpoint `into`, which `from_pretrained` takes; returns `into`.
 
-    Everything is written aside and renamed, the weights last, so a reader never sees half a checkpoint. Where the
-    weights already lie there, nothing is written.
+    The weights are written last and whole, so a reader never sees half a checkpoint. If `into` has weights already,
+    nothing is written.
     """
     packed = folder / PACKED
     if not packed.is_file():
         raise ValueError(f"{folder} has no {PACKED}; give the folder of a packed checkpoint")
     if (into / WEIGHTS).is_file():
         return into
-    into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into, prefix=".unpack-") as aside:
-        for path in sorted(folder.glob("*.json")):
-            shutil.copyfile(path, Path(aside) / path.name)
-            (Path(aside) / path.name).replace(into / path.name)
-        with packed.open() as file:
-            tensors = dict(_tensor(json.loads(line), packed) for line in file)
-        save_file(tensors, Path(aside) / WEIGHTS, metadata={"format": "pt"})
-        (Path(aside) / WEIGHTS).replace(into / WEIGHTS)
+    _copy_json(folder, into)
+    with packed.open() as file:
+        tensors = dict(_tensor(json.loads(line), packed) for line in file)
+    with disk.replacing(into / WEIGHTS, public=True) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
     return into
+
+
+def _copy_json(folder: Path, into: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        with disk.replacing(into / path.name, public=True) as aside:
+            shutil.copyfile(path, aside)
 
 
 def _line(name: str, tensor: Tensor) -> dict[str, object]:

@@ -6,7 +6,6 @@ which carries tensors, and Flower's control plane, which says who works.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,13 @@ from rich.text import Text
 
 from fedmm.config.derived import per_round
 from fedmm.results import intervals, table
-from fedmm.runs import records, summary
+from fedmm.runs import events, records, summary
+from fedmm.runs.events import Event, Logged, Tail
 from fedmm.runs.folder import read_config, read_rows
 from fedmm.shown import one_line
 
 POLL_SECONDS = 0.25
 GAP = 3  # characters between two columns of the last table
-ENDS = ("finished", "failed")
 
 
 def watch(
@@ -58,14 +57,14 @@ def _follow(state: _Watched, show: _Live | _Lines, until: Callable[[], bool] | N
     while True:
         gone = until() if until else False  # asked before reading: what it wrote before it went is then seen
         news = False
-        for what in state.read():
+        for arm, event in state.read():
             news = True
-            show.event(state, what)
+            show.event(state, arm, event)
         show.tick(state)
         if news:
             last_news = time.monotonic()
         silent = time.monotonic() - last_news > stall_seconds
-        if state.end and (gone or silent or until is None or state.end["time"] >= began):
+        if state.end and (gone or silent or until is None or state.end.time >= began):
             return ""
         if gone:
             return f"the run is gone before it finished{_where(state)}"
@@ -78,19 +77,19 @@ def _follow(state: _Watched, show: _Live | _Lines, until: Callable[[], bool] | N
 
 def _close(state: _Watched, why: str, console: Console) -> int:
     """The last words: what went wrong, the table of the arms that finished, the path of the report."""
-    failed = bool(why) or not state.end or state.end["event"] == "failed"
-    if not why and failed and state.end:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.end["time"]))
-        why = f"the run failed at {when}: {state.end.get('error')}"
+    end = state.end.event if state.end and not why else None
+    if state.end and isinstance(end, events.RunFailed):
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.end.time))
+        why = f"the run failed at {when}: {end.error}"
     if summary.arm_folders(state.run):
         console.print(_arms_table(state.run, console.width))
-    if failed:
+    if why:
         if any((state.run / "checkpoints").glob("*.safetensors")):
             _say(console, f"the same command with run.dir={state.run} goes on from the last whole round")
         _say(console, why, "bold red")
         return 1
-    assert state.end
-    _say(console, str(state.end.get("report", state.run / "report.html")))
+    assert isinstance(end, events.RunFinished)
+    _say(console, end.report or str(state.run / "report.html"))
     return 0
 
 
@@ -121,6 +120,27 @@ class _Arm:
         shares = [right / count for right, count in self.scores.values() if count]
         return statistics.fmean(shares) if shares else None
 
+    def advance(self, event: Event, folder: Path) -> None:
+        """Take in an event of this arm, whose files are in `folder`."""
+        match event:
+            case events.UpdateArrived(client=client, loss=loss):
+                self.done.add(client)
+                if loss is not None:
+                    self.losses[client] = loss
+                    self.loss = statistics.fmean(self.losses.values())
+            case events.ClientScored():
+                if event.round != self.scored:
+                    self.scored, self.scores = event.round, {}
+                self.scores[event.client] = (event.right, event.count)
+            case events.BytesCounted(round=round):
+                self.moved = _moved(folder, round)
+            case events.RoundEnded():
+                self.round, self.loss, self.lost = event.round, event.loss, len(event.lost)
+                self.done, self.losses = set(), {}
+                self.seconds.append(event.seconds)
+            case events.ArmFinished():
+                self.finished = True
+
 
 class _Watched:
     """The run as its files have told it so far. Files that do not exist yet are asked for again each time."""
@@ -129,51 +149,36 @@ class _Watched:
         self.run = run
         self.labels: list[str] = []  # of all arms, the main one first
         self.arms: dict[Path, _Arm] = {}  # by folder, in the order in which they began
-        self.end: dict[str, Any] | None = None
+        self.end: Logged | None = None  # of which the event is RunFinished or RunFailed
         self.stage = ""  # what the server does by itself, while it does
-        self._offsets: dict[Path, int] = {}
+        self._tails: dict[Path, Tail] = {}
 
-    def read(self) -> Iterator[tuple[_Arm | None, dict[str, Any]]]:
-        """The new events in the order of their time, each applied as it is given."""
-        found = []
+    def read(self) -> Iterator[tuple[_Arm | None, Event]]:
+        """The new events in the order of their time, each applied as it is given, with the arm that it belongs to."""
+        news: list[tuple[Path, Logged]] = []
         for folder in (self.run, *sorted((self.run / "arms").glob("*"))):
-            found += [(event.get("time", 0.0), folder, event) for event in self._new(folder / "events.jsonl")]
-        for _, folder, event in sorted(found, key=lambda entry: entry[0]):
-            yield self._apply(folder, event), event
+            tail = self._tails.setdefault(folder, Tail(folder))
+            news += [(folder, logged) for logged in tail.read()]
+        for folder, logged in sorted(news, key=lambda entry: entry[1].time):
+            yield self._apply(folder, logged), logged.event
 
-    def _new(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Whole lines beyond those read before; one that a kill has cut off is skipped."""
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._offsets.get(path, 0))
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offsets[path] = self._offsets.get(path, 0) + len(whole)
-        for line in whole.splitlines():
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                yield event
-
-    def _apply(self, folder: Path, event: dict[str, Any]) -> _Arm | None:
-        """Take the event in; returns the arm it is about."""
-        kind = event["event"]
-        self.stage = f"{event['label']}: {event['says']}" if kind == "stage" else ""
-        if kind in ENDS:
-            self.end = event
-        elif kind == "run":
-            self.end, self.labels = None, list(event["arms"])
-            for arm in self.arms.values():
-                arm.done, arm.losses = set(), {}
-        elif kind == "arm":
-            cfg = read_config(folder)
-            self.arms[folder] = _Arm(event["label"], event["rounds"], per_round(cfg), event["start"])
-            self.arms[folder].moved = _moved(folder, event["start"])
-        elif folder in self.arms:
-            _advance(self.arms[folder], folder, event)
+    def _apply(self, folder: Path, logged: Logged) -> _Arm | None:
+        """Take the event in; returns the arm that it belongs to."""
+        self.stage = ""
+        match logged.event:
+            case events.StageProgress(label=label, says=says):
+                self.stage = f"{label}: {says}"
+            case events.RunFinished() | events.RunFailed():
+                self.end = logged
+            case events.RunBegan(arms=labels):
+                self.end, self.labels = None, list(labels)
+                for arm in self.arms.values():
+                    arm.done, arm.losses = set(), {}
+            case events.ArmBegan(label=label, rounds=rounds, start=start):
+                self.arms[folder] = _Arm(label, rounds, per_round(read_config(folder)), start)
+                self.arms[folder].moved = _moved(folder, start)
+            case event if folder in self.arms:
+                self.arms[folder].advance(event, folder)
         return self.arms.get(folder)
 
     @property
@@ -197,27 +202,6 @@ class _Watched:
     def _finished_before(self) -> int:
         """Arms that an earlier attempt finished, of which this watcher has seen no event."""
         return sum(folder not in self.arms for folder in summary.arm_folders(self.run))
-
-
-def _advance(arm: _Arm, folder: Path, event: dict[str, Any]) -> None:
-    kind = event["event"]
-    if kind == "update":
-        arm.done.add(event["client"])
-        if event.get("loss") is not None:
-            arm.losses[event["client"]] = event["loss"]
-            arm.loss = statistics.fmean(arm.losses.values())
-    elif kind == "score":
-        if event["round"] != arm.scored:
-            arm.scored, arm.scores = event["round"], {}
-        arm.scores[event["client"]] = (event["right"], event["count"])
-    elif kind == "bytes":
-        arm.moved = _moved(folder, event["round"])
-    elif kind == "round":
-        arm.round, arm.loss, arm.lost = event["round"], event["loss"], len(event["lost"])
-        arm.done, arm.losses = set(), {}
-        arm.seconds.append(event["seconds"])
-    elif kind == "arm_finished":
-        arm.finished = True
 
 
 def _moved(folder: Path, last: int) -> tuple[int, int, int, int]:
@@ -246,16 +230,16 @@ class _Lines:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def event(self, state: _Watched, what: tuple[_Arm | None, dict[str, Any]]) -> None:
-        arm, event = what
-        if event["event"] == "run":
-            _say(self._console, f"run: {', '.join(state.labels)}")
-        elif event["event"] == "stage":
-            _say(self._console, state.stage)
-        elif arm and event["event"] == "round":
-            _say(self._console, _round_line(state, arm))
-        elif arm and event["event"] == "arm_finished":
-            _say(self._console, f"{_name(state, arm)} finished: {_accuracy(arm)}")
+    def event(self, state: _Watched, arm: _Arm | None, event: Event) -> None:
+        match event:
+            case events.RunBegan():
+                _say(self._console, f"run: {', '.join(state.labels)}")
+            case events.StageProgress():
+                _say(self._console, state.stage)
+            case events.RoundEnded() if arm:
+                _say(self._console, _round_line(state, arm))
+            case events.ArmFinished() if arm:
+                _say(self._console, f"{_name(state, arm)} finished: {_accuracy(arm)}")
 
     def tick(self, state: _Watched) -> None:
         """Nothing moves between rounds."""
@@ -273,7 +257,7 @@ class _Live:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def event(self, state: _Watched, what: tuple[_Arm | None, dict[str, Any]]) -> None:
+    def event(self, state: _Watched, arm: _Arm | None, event: Event) -> None:
         """The next tick shows it."""
 
     def tick(self, state: _Watched) -> None:

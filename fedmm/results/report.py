@@ -28,7 +28,8 @@ from fedmm.evaluate.answers import Answer
 from fedmm.federation.build import splits
 from fedmm.results import intervals, plots, table
 from fedmm.results.page import CHANNELS, PAGE
-from fedmm.runs import records, summary
+from fedmm.runs import events, records, summary
+from fedmm.runs.events import ArmBegan, ClientsUnscored
 from fedmm.runs.folder import read_config, read_rows
 from fedmm.shown import visible
 from fedmm.storage import machine_cache
@@ -107,9 +108,9 @@ def _arm(folder: Path) -> dict[str, Any]:
         for row in rounds
         for client, reason in row["lost"].items()
     ]
-    unscored = [row["lost"] for row in read_rows(folder / "events.jsonl") if row["event"] == "unscored"]
+    unscored = [logged.event.lost for logged in events.read(folder) if isinstance(logged.event, ClientsUnscored)]
     lost += [
-        {"round": "final", "client": client, "reason": unscored[-1].get(str(client)) if unscored else "not scored"}
+        {"round": "final", "client": client, "reason": unscored[-1].get(client) if unscored else "not scored"}
         for client in told.get("unscored", [])
     ]
     return told | {
@@ -146,7 +147,7 @@ def _stages(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _stored(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """Parameters that lie on a client, frozen and trained, and those of the whole model; None where none reported."""
-    cards = [row["card"] for row in read_rows(folder / "events.jsonl") if row["event"] == "arm"]
+    cards = [logged.event.card for logged in events.read(folder) if isinstance(logged.event, ArmBegan)]
     if not rows or not cards:
         return None
     frozen, trained = (max(row[name] for row in rows) for name in ("edge_parameters", "trained_parameters"))

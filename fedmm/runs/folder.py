@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,24 @@ from fedmm.config import targets
 from fedmm.config.composition import what
 from fedmm.link.messages import UpdateRequest
 from fedmm.link.wire import Frame
+from fedmm.runs import events
 from fedmm.storage import disk, machine_cache
 from fedmm.types import State, Update
 
 PACKAGES = ("fedmm", "flwr", "torch", "transformers", "peft", "grpcio")
 _OF_ROUND = ("rounds.jsonl", "ledger.jsonl", "stages.jsonl")  # written in a round, about it
 KEPT_CHECKPOINTS = 2  # the one to go on from, and the one before
+_HEADER = "about"  # in the metadata of a journaled update's file; resumed journals of older versions have this name
 _OF_STATE = ("scores.jsonl", "predictions.jsonl")  # written in a round, about the state it began with
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What stands beside the tensors of an update in the journal."""
+
+    num_examples: int
+    fisher: bool  # whether the tensors have a Fisher
+    metrics: dict[str, float]
 
 
 class RunFolder:
@@ -54,12 +66,11 @@ class RunFolder:
         """Raises ValueError where the folder holds another run."""
         self.path = path
         self._lock = threading.Lock()
-        asked = "".join(f"{override}\n" for override in overrides)
         check_folder(path, config_yaml)
         if (path / "config.yaml").exists():
             self._rewrite("events.jsonl", lambda row: True)
         else:
-            machine_cache.write(path / "overrides.txt", asked.encode())
+            machine_cache.write(path / "overrides.txt", "".join(f"{override}\n" for override in overrides).encode())
             machine_cache.write(path / "environment.json", json.dumps(_environment(), indent=1).encode())
             machine_cache.write(path / "config.yaml", config_yaml.encode())
         self.run: str = json.loads((path / "environment.json").read_text())["run"]
@@ -75,9 +86,9 @@ class RunFolder:
         with self._lock, machine_cache.writing(self.path):
             disk.append(self.path / file, lines.encode())
 
-    def event(self, kind: str, /, **what: Any) -> None:
+    def log(self, event: events.Event) -> None:
         """Something a watcher wants to know now."""
-        self.append("events.jsonl", time=time.time(), event=kind, **what)
+        self.append("events.jsonl", **events.row(event))
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         return read_rows(self.path / file)
@@ -101,27 +112,27 @@ class RunFolder:
         Rows beyond it are dropped, but for those of clients whose update of the next round is safe: they are not asked
         for it again. Of one that had not yet told how it scored, the answers too: it will give them again.
         """
-        found = latest_checkpoint(self.path)
-        last = found[0] if found else 0
-        done = self.arrived(last + 1)
+        checkpoint = latest_checkpoint(self.path)
+        last = checkpoint[0] if checkpoint else 0
+        journaled = set(self.arrived(last + 1))
         for file in _OF_STATE:
-            self._rewrite(file, lambda row: row["round"] < last + (row["client"] in done))
-        told = {row["client"] for row in self.rows("scores.jsonl") if row["round"] == last}
-        twice = [client for client in done if client not in told]
+            self._rewrite(file, lambda row: row["round"] < last + (row["client"] in journaled))
+        scorers = {row["client"] for row in self.rows("scores.jsonl") if row["round"] == last}
+        unscored = journaled - scorers
         for file in _OF_ROUND:
             self._rewrite(
                 file,
                 lambda row: (
-                    row["round"] <= last + (row.get("client") in done)
-                    and not (row["round"] > last and row.get("channel") == "answers" and row["client"] in twice)
+                    row["round"] <= last + (row.get("client") in journaled)
+                    and not (row["round"] > last and row.get("channel") == "answers" and row["client"] in unscored)
                 ),
             )
-        here = {row["client"] for row in self.rows("ledger.jsonl") if row["kind"] == "client" and row["round"] > last}
-        for client in done:
-            if client not in here:  # its report was lost with the server; its update says the most of it
-                about = {"kind": "client", "round": last + 1, "client": client}
-                self.append("ledger.jsonl", **self.about(last + 1, client)["metrics"] | about)
-        return found
+        ledger = self.rows("ledger.jsonl")
+        reporters = {row["client"] for row in ledger if row["kind"] == "client" and row["round"] > last}
+        for client in sorted(journaled - reporters):  # its report was lost with the server; the update says most of it
+            metrics = self.update_header(last + 1, client).metrics
+            self.append("ledger.jsonl", **{**metrics, "kind": "client", "round": last + 1, "client": client})
+        return checkpoint
 
     def _rewrite(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Keep these whole rows; a line that a kill cut off goes, or the next row would be glued to it."""
@@ -137,7 +148,7 @@ class RunFolder:
     def save_update(self, round: int, update: Update) -> None:
         """Make an update safe the moment it arrives."""
         frame = UpdateRequest.of(update).to_frame()
-        machine_cache.save(frame.tensors, self._update(round, update.client), {"about": json.dumps(frame.meta)})
+        machine_cache.save(frame.tensors, self._update(round, update.client), {_HEADER: json.dumps(frame.meta)})
 
     def arrived(self, round: int) -> list[int]:
         """The clients whose updates of this round are safe, in client order."""
@@ -145,10 +156,10 @@ class RunFolder:
             int(path.stem.removeprefix("client_")) for path in self._journal(round).glob("client_*.safetensors")
         )
 
-    def about(self, round: int, client: int) -> dict[str, Any]:
-        """What a journaled update says of itself (num_examples, metrics), without its tensors."""
+    def update_header(self, round: int, client: int) -> UpdateHeader:
+        """What a journaled update says of itself, read without its tensors."""
         with safetensors.safe_open(self._update(round, client), "pt") as file:
-            return dict(json.loads(file.metadata()["about"]))
+            return UpdateHeader(**json.loads(file.metadata()[_HEADER]))
 
     def updates(self, round: int, clients: Iterable[int]) -> Iterator[Update]:
         """These clients' updates of the round in the order given, one in memory at a time; while one is used, the
@@ -157,8 +168,11 @@ class RunFolder:
         for client, after in itertools.zip_longest(clients, clients[1:]):
             if after is not None:
                 machine_cache.read_ahead(self._update(round, after))
-            tensors = safetensors.torch.load_file(self._update(round, client))
-            yield UpdateRequest.from_frame(Frame(UpdateRequest.verb, self.about(round, client), tensors)).update(client)
+            header, tensors = (
+                self.update_header(round, client),
+                safetensors.torch.load_file(self._update(round, client)),
+            )
+            yield UpdateRequest.from_frame(Frame(UpdateRequest.verb, vars(header), tensors)).update(client)
 
     def _update(self, round: int, client: int) -> Path:
         return self._journal(round) / f"client_{client:04d}.safetensors"
@@ -199,10 +213,10 @@ def check_folder(path: Path, config_yaml: str) -> None:
 
 def latest_checkpoint(run: Path) -> tuple[int, State, State] | None:
     """The last round that is whole on disk, with the state after it and the rule's memory."""
-    found = _checkpoints(run)
-    if not found:
+    checkpoints = _checkpoints(run)
+    if not checkpoints:
         return None
-    round, path = found[-1]
+    round, path = checkpoints[-1]
     state, memory = tree.parted(safetensors.torch.load_file(path), "state", "memory")
     return round, state, memory
 

@@ -19,6 +19,8 @@ from typing import Any
 from fedmm.config.derived import personal
 from fedmm.evaluate.answers import Answer
 from fedmm.evaluate.groups import group, tally
+from fedmm.runs import events
+from fedmm.runs.events import ArmBegan, RunBegan
 from fedmm.runs.folder import read_config, read_rows
 from fedmm.storage import machine_cache
 
@@ -131,11 +133,11 @@ def arm_folders(run: Path) -> list[Path]:
 def _seconds(folder: Path) -> float:
     """How long an arm took, from its start to its last event; of a resumed one, the sum of its attempts."""
     total, began, last = 0.0, None, 0.0
-    for event in read_rows(folder / "events.jsonl"):
-        if event["event"] in ("run", "arm"):
+    for logged in events.read(folder):
+        if isinstance(logged.event, RunBegan | ArmBegan):
             total += last - began if began is not None else 0.0
-            began = event["time"] if event["event"] == "arm" else None
-        last = event["time"]
+            began = logged.time if isinstance(logged.event, ArmBegan) else None
+        last = logged.time
     return total + (last - began if began is not None else 0.0)
 
 

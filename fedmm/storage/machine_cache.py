@@ -1,6 +1,6 @@
 """Where a machine keeps what outlives a process: frozen parts under their hash, a client's own state by run.
 
-Everything is written aside and renamed, so that a reader never sees half a file.
+Everything is written by `disk.replacing`, so a reader never sees half a file.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def home() -> Path:
 
 def save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a state so that it is there whole or not at all. Raises FedmmError as `write` does."""
-    with _aside(path) as aside:
+    with writing(path.parent), disk.replacing(path) as aside:
         safetensors.torch.save_file({name: t.detach().contiguous() for name, t in state.items()}, aside, metadata)
 
 
@@ -43,7 +42,8 @@ def write(path: Path, data: bytes, *, public: bool = False) -> None:
     A `public` one is a page that was asked for by name: who may read it is the umask's to say. Raises FedmmError where
     the disk does not take it, with the folder and the knob.
     """
-    with _aside(path, public) as aside:
+    failing = disk.named(path.parent, "name another file") if public else writing(path.parent)
+    with failing, disk.replacing(path, public=public) as aside:
         aside.write_bytes(data)
 
 
@@ -57,22 +57,6 @@ def read_ahead(path: Path) -> None:
     if advise := getattr(os, "posix_fadvise", None):  # not on macOS
         with path.open("rb") as file:
             advise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-@contextmanager
-def _aside(path: Path, public: bool = False) -> Iterator[Path]:
-    """A file to write; then it is flushed to the disk and renamed. It is for its owner alone, unless `public`."""
-    with disk.named(path.parent, "name another file") if public else writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True) if public else disk.make_folder(path.parent)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            (open if public else disk.opened)(aside, "xb").close()
-            yield aside
-            with aside.open("rb+") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 class Mapped(Mapping[str, Tensor]):

@@ -12,7 +12,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmm.storage.disk import make_folder, opened
+from fedmm.storage import disk
 
 log = logging.getLogger("fedmm.storage.tensor_store")
 V = TypeVar("V")
@@ -212,23 +211,19 @@ class _Disk:
         return None
 
     def write(self, owner: str, key: str, tensor: Tensor) -> None:
-        """Write the tensor aside and rename it. Where the disk does not take it, no file of this name is left.
+        """Write the tensor's file whole. Where the disk does not take it, no file of this name is left.
 
         Not flushed: a file that a power cut left short is not whole, so it counts as absent.
         """
         if not self.fits(tensor):
             return
         path = self._path(owner, key)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            make_folder(path.parent)
-            opened(aside, "xb").close()
-            save_file({"tensor": tensor}, aside)
-            size_bytes = aside.stat().st_size
-            _touch(aside)
-            aside.replace(path)
+            with disk.replacing(path, flush=False) as aside:
+                save_file({"tensor": tensor}, aside)
+                size_bytes = aside.stat().st_size
+                _touch(aside)
         except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-            _unlink(aside)
             self.remove(owner, key)
             if not self._warned:
                 log.warning(

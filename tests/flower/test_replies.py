@@ -23,8 +23,9 @@ from fedmm.federation.claims import Claims
 from fedmm.federation.client import MEASURED, MEASURED_IN_TRAINING, Order, Report
 from fedmm.flower import client_app, messages
 from fedmm.flower.inprocess import InProcessGrid
-from fedmm.flower.rounds import find_clients
+from fedmm.flower.nodes import find_clients
 from fedmm.results.progress import watch
+from fedmm.runs.events import RunBegan, RunFailed
 from fedmm.runs.folder import RunFolder, read_rows
 from fedmm.shown import one_line, visible
 from fedmm.types import FedmmError
@@ -236,10 +237,10 @@ class Nodes(InProcessGrid):
 
 
 def found_by(cfg, grid, clients=2) -> tuple[dict[int, int], dict[str, str]]:
-    events = {}
+    reasons = {}
     with grid:
-        found = find_clients(grid, cfg.run, clients, lambda kind, node, reason: events.setdefault(node, reason))
-    return found, events
+        nodes = find_clients(grid, cfg.run, clients, lambda event: reasons.setdefault(event.node, event.reason))
+    return nodes, reasons
 
 
 def test_what_a_node_says_of_itself_costs_no_other_its_place(cfg):
@@ -362,8 +363,8 @@ def test_nothing_that_a_client_sent_acts_on_who_looks(backbone, tmp_path, monkey
 
 def test_a_run_that_fails_by_a_clients_words_shows_them_in_one_line(tmp_path):
     folder = RunFolder(tmp_path / "run", "seed: 0\n", [])
-    folder.event("run", arms=["FedAvg"])
-    folder.event("failed", error=ACTS)
+    folder.log(RunBegan(["FedAvg"]))
+    folder.log(RunFailed(ACTS))
     out = io.StringIO()
     assert watch(tmp_path / "run", console=Console(file=out, width=300, color_system=None), stall_seconds=5) == 1
     (line,) = (line for line in out.getvalue().splitlines() if "script" in line)

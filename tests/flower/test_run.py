@@ -31,6 +31,7 @@ from fedmm.link import wire
 from fedmm.model import Model
 from fedmm.results import intervals
 from fedmm.runs import records, summary
+from fedmm.runs.events import RunBegan
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
 from fedmm.serving.host import Host
 from fedmm.storage import machine_cache
@@ -511,7 +512,7 @@ def test_state_files_are_whole_or_not_there(tmp_path):
         with (tmp_path / "run" / name).open("a") as file:
             file.write('{"round": 3, "cl')
     again = RunFolder(tmp_path / "run", "seed: 0\n", [])
-    again.event("run")
+    again.log(RunBegan(["FedNano"]))
     assert [row["event"] for row in again.rows("events.jsonl")] == ["run"]
     last, state, memory = again.resume()
     assert (last, state["w"].tolist(), memory["m"].tolist()) == (1, [1, 1], [0])

@@ -23,7 +23,7 @@ from fedmm.evaluate.answers import Answer
 from fedmm.federation import build
 from fedmm.results import intervals, plots, progress, report, table
 from fedmm.results.progress import watch
-from fedmm.runs import records, summary
+from fedmm.runs import events, records, summary
 from fedmm.runs.folder import RunFolder
 
 ROUNDS, CLIENTS = 3, 2
@@ -34,12 +34,12 @@ RIGHT = {"FedNano": (2, 4, 5, 6), "FedAvg": (2, 3, 3, 5)}  # of 8 at each client
 
 def write_arm(folder: RunFolder, label: str, rounds: int = ROUNDS) -> RunFolder:
     """The rows and events of one arm as the round loop writes them, without a summary."""
-    folder.event("arm", label=label, rounds=ROUNDS, clients=CLIENTS, start=0, card=CARD)
+    folder.log(events.ArmBegan(label, ROUNDS, CLIENTS, start=0, card=CARD))
     for round in range(rounds + 1):
         for client in range(CLIENTS):
             right = RIGHT[label][round] - client
             folder.append("scores.jsonl", round=round, client=client, part=client, right=right, count=8)
-            folder.event("score", round=round, client=client, right=right, count=8)
+            folder.log(events.ClientScored(round, client, right, count=8))
             for channel, up, down in (
                 ("steps", 2_000_000, 1_000_000),
                 ("adapters", 5_000, 5_000),
@@ -57,14 +57,14 @@ def write_arm(folder: RunFolder, label: str, rounds: int = ROUNDS) -> RunFolder:
             folder.append("ledger.jsonl", kind="client", round=round + 1, client=client, **times, fisher_seconds=0.0,
                           peak_rss_bytes=1e9, edge_parameters=4e5, trained_parameters=1e4)  # fmt: skip
             if round < rounds:
-                folder.event("update", round=round + 1, client=client, loss=1.5)
-        folder.event("bytes", round=round + 1, up_bytes=1, down_bytes=1)
+                folder.log(events.UpdateArrived(round + 1, client, loss=1.5))
+        folder.log(events.BytesCounted(round + 1))
         if round < rounds:
             lost = {"1": "<i>late</i>"} if round == 1 else {}
             folder.append("rounds.jsonl", round=round + 1, clients=[0, 1], lost=lost,
                           examples={"0": 4, "1": 4}, loss={"0": 1.5}, state="ab12",
                           product_error={"shared.text": 0.01 * round, "shared.image": 0.02 * round})  # fmt: skip
-            folder.event("round", round=round + 1, loss=1.5, lost={}, seconds=0.2)
+            folder.log(events.RoundEnded(round + 1, loss=1.5, seconds=0.2))
     return folder
 
 
@@ -72,7 +72,7 @@ def open_run(path: Path, *overrides: str) -> tuple[RunFolder, RunFolder]:
     asked = [*SMALL, *overrides, "compare=[fedavg]", f"run.dir={path}"]
     (_, _), (name, arm) = composition.arms(composition.load(asked), asked)
     main = RunFolder(path, OmegaConf.to_yaml(composition.load(asked)), asked)
-    main.event("run", arms=["FedNano", "FedAvg"], dir=str(path))
+    main.log(events.RunBegan(["FedNano", "FedAvg"], str(path)))
     return main, RunFolder(path / "arms" / name, OmegaConf.to_yaml(composition.load(arm)), arm)
 
 
@@ -90,7 +90,7 @@ def write_run(path: Path, *overrides: str) -> Path:
     for folder, label in ((main, "FedNano"), (other, "FedAvg")):
         write_arm(folder, label)
         summary.write_summary(folder.path)
-        folder.event("arm_finished", label=label)
+        folder.log(events.ArmFinished(label))
     return path
 
 
@@ -310,7 +310,7 @@ def watched(path: Path, terminal: bool = False, **kwargs) -> tuple[int, str]:
 def finished(tmp_path) -> Path:
     path = write_run(tmp_path / "run", "run.examples=0")
     folder = RunFolder(path, (path / "config.yaml").read_text(), [])
-    folder.event("finished", report=str(path / "report.html"))
+    folder.log(events.RunFinished(str(path / "report.html")))
     return path
 
 
@@ -348,7 +348,7 @@ def test_both_wires_are_counted_apart(finished):
 
 def test_a_failed_run_says_why(tmp_path):
     main, _ = open_run(tmp_path / "run")
-    main.event("failed", error="FedmmError: round 1: no client [bold]returned")
+    main.log(events.RunFailed("FedmmError: round 1: no client [bold]returned"))
     code, out = watched(tmp_path / "run")
     assert code == 1 and "FedmmError: round 1: no client [bold]returned" in out
 
@@ -368,14 +368,14 @@ def test_silence_ends_the_watch(tmp_path):
     assert code == 1 and "nothing has happened for" in out
 
 
-@pytest.mark.parametrize("ended", ["failed", "finished"])
+@pytest.mark.parametrize("ended", [events.RunFailed("the first attempt"), events.RunFinished("the first attempt")])
 def test_an_earlier_end_is_not_the_end_of_a_resumed_run(tmp_path, ended):
     main, _ = open_run(tmp_path / "run")
-    main.event(ended, error="the first attempt", report="old")
-    main.event("run", arms=["FedNano"], dir="")
+    main.log(ended)
+    main.log(events.RunBegan(["FedNano"]))
     code, out = watched(tmp_path / "run", stall_seconds=0.3)
     assert code == 1 and "nothing has happened" in out and "first attempt" not in out
-    main.event("finished", report="new")
+    main.log(events.RunFinished("new"))
     code, out = watched(tmp_path / "run")
     assert (code, out.splitlines()[-1]) == (0, "new")
 
@@ -383,15 +383,15 @@ def test_an_earlier_end_is_not_the_end_of_a_resumed_run(tmp_path, ended):
 def test_an_old_end_waits_for_the_process_that_goes_on(tmp_path):
     """A watcher that is quicker than the resumed run sees the end of the first attempt before the run event."""
     main, _ = open_run(tmp_path / "run")
-    main.event("failed", error="the first attempt")
+    main.log(events.RunFailed("the first attempt"))
     found: list[tuple[int, str]] = []
     gone = threading.Event()
     thread = threading.Thread(target=lambda: found.append(watched(tmp_path / "run", until=gone.is_set)))
     thread.start()
     time.sleep(0.5)
     assert not found
-    main.event("run", arms=["FedNano"], dir="")
-    main.event("finished", report="new")
+    main.log(events.RunBegan(["FedNano"]))
+    main.log(events.RunFinished("new"))
     thread.join(5)
     assert found and found[0][0] == 0 and found[0][1].splitlines()[-1] == "new"
     assert watched(tmp_path / "run", until=lambda: True)[0] == 0, "and with nobody behind it the old end is the end"
@@ -406,7 +406,7 @@ def test_a_watcher_may_come_before_the_folder(tmp_path, terminal):
     main, _ = open_run(path)
     write_arm(main, "FedNano", rounds=2)
     time.sleep(0.6)
-    main.event("finished", report=str(path / "report.html"))
+    main.log(events.RunFinished(str(path / "report.html")))
     thread.join(10)
     assert found and found[0][0] == 0
     assert ("2/3" if terminal else "[1/2] FedNano round 2/3") in found[0][1]
@@ -414,9 +414,9 @@ def test_a_watcher_may_come_before_the_folder(tmp_path, terminal):
 
 def test_a_line_that_a_kill_cut_off_is_skipped(tmp_path):
     main, _ = open_run(tmp_path / "run")
-    events = main.path / "events.jsonl"
-    events.write_text(events.read_text() + '{"time": 1, "ev\n')
-    main.event("finished", report="new")
+    written = main.path / "events.jsonl"
+    written.write_text(written.read_text() + '{"time": 1, "ev\n')
+    main.log(events.RunFinished("new"))
     assert watched(tmp_path / "run")[0] == 0
 
 
