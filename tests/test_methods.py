@@ -260,9 +260,9 @@ def test_logit_adjustment_without_smoothing_is_balanced_softmax_and_tau_is_a_pow
     assert torch.isfinite(model.logits_BAV.grad).all()
     (squared,) = logit_adjustment(model := Said([[0, 0, 0]], [1]), model.batch, step, smoothing=0.0, tau=2.0)
     assert squared.item() == pytest.approx(-math.log(4 / (64 + 4)))
-    for options in ({"smoothing": -1.0}, {"tau": 0.0}):
-        with pytest.raises(ValueError, match=r"set method.step.tau above 0 .*smoothing to 0 or more"):
-            next(logit_adjustment(model, model.batch, step, **options))
+    for setting, wanted in (("smoothing=-1", "at least 0, got -1"), ("tau=0", "above 0, got 0")):
+        with pytest.raises(ValueError, match=f"method.step.{setting.split('=')[0]} must be {wanted}"):
+            composition.load(["arm=logit_adjustment", f"method.step.{setting}"])
 
 
 def test_padded_places_count_nothing():

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedmm.bounds import Mistake
 from fedmm.config import checks, targets
 from fedmm.config.settings import PLACES, Config, ConfigError
 from fedmm.config.targets import folder
@@ -59,27 +60,38 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return typing.cast(Config, _compose(tuple(overrides)))
 
 
-def load(overrides: Sequence[str] = (), *, rehearse: bool = True) -> Config:
-    """`compose`, then `check`: the one way in. Raises ConfigError with every mistake."""
+def load(overrides: Sequence[str] = (), *, of_client: bool = False) -> Config:
+    """`compose`, then `check`: the one way in. Raises ConfigError with every mistake.
+
+    With `of_client` the server's own part is left alone, and what was looked at once is not looked at again.
+    """
     cfg = compose(overrides)
-    if mistakes := list(check(cfg, rehearse=rehearse)):
-        raise ConfigError("\n".join(mistakes))
+    environment = _environment()
+    if mistakes := _of_client(tuple(overrides), *environment) if of_client else tuple(check(cfg)):
+        raise ConfigError("\n".join(mistake.text for mistake in mistakes))
     return cfg
 
 
-def check(cfg: Config, *, rehearse: bool = True) -> Iterator[str]:
-    """Every mistake in a composed configuration, one line each; `rehearse` runs schema and rule on made-up updates."""
-    yield from checks.mistakes(cfg, rehearse=rehearse)
+def check(cfg: Config) -> Iterator[Mistake]:
+    """Every mistake in a composed configuration; schema and rule are run on made-up updates."""
+    yield from checks.mistakes(cfg)
     for arm in cfg.compare:
         if arm not in options("arm"):
-            yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
+            yield Mistake("compare", f"compare names {arm!r}; available options: {', '.join(options('arm'))}")
+
+
+@functools.lru_cache(maxsize=64)  # a process that runs many clients gets the same settings from each order
+def _of_client(overrides: tuple[str, ...], data: str | None, targets: str | None) -> tuple[Mistake, ...]:
+    return tuple(checks.mistakes(typing.cast(Config, _composed(overrides, data, targets)), of_client=True))
+
+
+def _environment() -> tuple[str | None, str | None]:
+    """The one variable that a yaml file reads, and the one that adds to what it may name."""
+    return os.environ.get("FEDMM_DATA"), os.environ.get("FEDMM_ALLOW_TARGETS")
 
 
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
-    if refused := list(_refused(overrides)):
-        raise ConfigError("\n".join(refused))
-    # the one variable that a yaml file reads, and the one that adds to what it may name
-    return _composed(overrides, os.environ.get("FEDMM_DATA"), os.environ.get("FEDMM_ALLOW_TARGETS"))
+    return _composed(overrides, *_environment())
 
 
 def _refused(overrides: tuple[str, ...]) -> Iterator[str]:
@@ -100,6 +112,8 @@ def _refused(overrides: tuple[str, ...]) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
 def _composed(overrides: tuple[str, ...], _data: str | None, _targets: str | None) -> DictConfig:
+    if refused := list(_refused(overrides)):
+        raise ConfigError("\n".join(refused))
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
             whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)

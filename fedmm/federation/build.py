@@ -36,6 +36,8 @@ from fedmm.storage import machine_cache
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Example, State
 
+Dataset = Callable[[], dict[str, Sequence[Example]]]
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -69,7 +71,7 @@ def held_parts(cfg: Config, client: int) -> list[int]:
 
 def splits(cfg: Config) -> dict[str, Sequence[Example]]:
     """The examples this machine can see, by split."""
-    return _splits(OmegaConf.to_yaml(cfg.dataset))
+    return _splits(make(cfg.dataset))
 
 
 def partition(cfg: Config, split: str) -> list[list[int]]:
@@ -78,7 +80,7 @@ def partition(cfg: Config, split: str) -> list[list[int]]:
 
     Raises ValueError where the split cannot be divided so.
     """
-    return _partition(OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.clients, cfg.seed, split)
+    return _partition(make(cfg.dataset), make(cfg.partition), cfg.clients, cfg.seed, split)
 
 
 def class_counts(cfg: Config) -> dict[str, int]:
@@ -241,12 +243,13 @@ def _whole(llm_yaml: str) -> Whole:
 
 
 @functools.lru_cache(maxsize=4)
-def _splits(dataset_yaml: str) -> dict[str, Sequence[Example]]:
-    return make(OmegaConf.create(dataset_yaml))()
+def _splits(dataset: Dataset) -> dict[str, Sequence[Example]]:
+    return dataset()
 
 
 @functools.lru_cache(maxsize=8)  # of VQAv2 a deal takes seconds
-def _partition(dataset_yaml: str, partition_yaml: str, clients: int, seed: int, split: str) -> list[list[int]]:
-    made, generator = _splits(dataset_yaml), seeds.generator(seed, "partition")
-    deal = make(OmegaConf.create(partition_yaml))
+def _partition(
+    dataset: Dataset, deal: Callable[..., list[list[int]]], clients: int, seed: int, split: str
+) -> list[list[int]]:
+    made, generator = _splits(dataset), seeds.generator(seed, "partition")
     return deal(made[split], clients, generator, trained=made.get("train") or None)

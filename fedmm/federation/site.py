@@ -56,7 +56,7 @@ class Site:
     def admit(self, order: Order) -> None:
         """Let an order in. Raises Lost with the reason before any data are opened or any target is made."""
         with because(Reason.SETTINGS):
-            cfg = load(order.overrides, rehearse=False)  # the server has rehearsed its rule
+            cfg = load(order.overrides, of_client=True)
         if mistakes := list(self._misfits(order, cfg)):
             raise Lost(Reason.ORDER, "\n".join(mistakes), len(mistakes))
         if mistakes := [] if self.trusts_server else list(self._forbidden(cfg)):

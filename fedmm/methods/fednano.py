@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmm import tree
+from fedmm.bounds import Count
 from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
@@ -40,7 +41,7 @@ def mean_of_squares(model: Model, items: Sequence[Prepared], step: Step) -> Stat
 
 
 def diagonal_fisher(
-    model: Model, items: Sequence[Prepared], step: Step, *, batch_size: int = 32, samples: int | None = None
+    model: Model, items: Sequence[Prepared], step: Step, *, batch_size: Count = 32, samples: Count | None = None
 ) -> State:
     """The diagonal Fisher at the trained adapters over `samples` of the client's examples (None: all), evenly spaced:
     a partition may leave them kind by kind.

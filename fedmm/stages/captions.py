@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from fedmm import tree
+from fedmm.bounds import Count
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
@@ -71,7 +72,7 @@ def captions(
     *,
     writer: Callable[[Model, Processor, str], Writer],
     prompts: Sequence[str],
-    chunk: int = 64,
+    chunk: Count = 64,
     min_words: int = 1,
     max_words: int = 60,
     repetition: float = 0.5,
