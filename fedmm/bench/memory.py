@@ -26,7 +26,7 @@ from fedmm import seeds, tree
 from fedmm.bench.common import Case, Size
 from fedmm.config.composition import load
 from fedmm.edge.base import Connector
-from fedmm.edge.frozen_modules import take_files
+from fedmm.edge.frozen_modules import base, take_files
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import prepare
 from fedmm.edge.prepared import Prepared
@@ -139,7 +139,8 @@ def _ready(shapes: Shapes, stages: dict[str, float]) -> tuple[NanoEdge, list[Pre
     assert parts is not None
     encoder = build.cached_encoder(cfg, parts, digest)
     assert encoder is not None
-    edge, processor = build.build_edge(cfg, parts, encoder=False, table=parts.rows("table"))
+    shared = base(parts, parts.rows("table"))
+    edge, processor = build.build_edge(cfg, parts, encoder=False, shared=shared)
     edge.reset(seeds.generator(0, "adapters"))
     items = prepare([_example(shapes, i) for i in range(SAMPLES)], processor, "<image> {question}", encoder)
     stages["built_gb"] = _gb(rss_bytes())

@@ -21,7 +21,6 @@ from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import rank
 from fedmm.edge import frozen_modules
-from fedmm.edge.base import Table
 from fedmm.edge.classifier import Classes, Classifier, NoLLM
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
@@ -128,7 +127,7 @@ def build_edge(
     *,
     client: int | None = None,
     encoder: bool = True,
-    table: Table | None = None,
+    shared: frozen_modules.Base | None = None,
     decoder: nn.Module | None = None,
 ) -> tuple[NanoEdge, Processor]:
     """The NanoEdge that `cfg` asks for from the frozen parts of the host: the server's own, or a client's.
@@ -143,7 +142,7 @@ def build_edge(
     return frozen_modules.build(
         parts,
         encoder=encoder,
-        table=table,
+        shared=shared,
         sets=tuple(cfg.method.sets),
         rank=cfg.edge.rank,
         alpha=cfg.edge.alpha,

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fedmm.config.derived import at_client, private_sets, scale
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import Some
+from fedmm.edge import frozen_modules
 from fedmm.edge.folding import unfolded
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
@@ -218,7 +220,8 @@ def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Sessio
     """The model with its LLM across the link, and its frozen parts from there."""
     parts = _parts(session, card["edge"])
     encoder = cached_encoder(cfg, parts, card["edge"])
-    edge, processor = build_edge(cfg, parts, client=client, encoder=encoder is None, table=parts.rows("table"))
+    shared = _base(card["edge"], machine_cache.home())
+    edge, processor = build_edge(cfg, parts, client=client, encoder=encoder is None, shared=shared)
     codec = cfg.link.codec
     codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
     private = sorted(private_sets(cfg)) if cfg.link.local == "dense" else []
@@ -336,6 +339,14 @@ def _parts(session: Session, digest: str) -> machine_cache.Mapped:
     parts = machine_cache.load_parts(digest)
     assert parts is not None
     return parts
+
+
+@functools.lru_cache(maxsize=2)  # for all clients of a process and a backbone; it holds nothing of theirs
+def _base(digest: str, home: Path) -> frozen_modules.Base:
+    """What clients of the backbone with this hash have alike; its frozen parts are in this FEDMM_HOME."""
+    parts = machine_cache.load_parts(digest)
+    assert parts is not None
+    return frozen_modules.base(parts, parts.rows("table"))
 
 
 def _items(cfg: Config, built: Built, split: str, part: int) -> list[Prepared]:
