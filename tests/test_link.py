@@ -20,7 +20,7 @@ from fedmm.link import tls, wire
 from fedmm.link.features import Features
 from fedmm.link.host import Host
 from fedmm.link.remote import HostGone, HostRefused, RemoteLLM, Session
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.types import FedmmError
 
 
@@ -256,7 +256,7 @@ def test_a_backward_without_forward_and_of_a_wrong_shape(link, edge, batch):
 
 def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm, batch):
     with served(llava, edge, local_llm, pending=2) as (host, _), visiting(host) as session:
-        model = Model(edge, RemoteLLM(session))
+        model = SplitModel(edge, RemoteLLM(session))
         with torch.no_grad():
             for _ in range(5):
                 model(batch)
@@ -299,11 +299,11 @@ def test_a_step_number_that_waits_for_its_backward_is_not_taken_again(llava, edg
 
 
 def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, batch):
-    local = Model(edge, local_llm)
+    local = SplitModel(edge, local_llm)
     local(batch).sum().backward()
     wanted = gradients(edge)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        model = Model(edge, RemoteLLM(session))
+        model = SplitModel(edge, RemoteLLM(session))
         first, second = model(batch), model(batch)
         second.sum().backward()
         edge.zero_grad()

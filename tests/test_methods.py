@@ -20,7 +20,7 @@ from fedmm.methods.balanced import balanced_softmax, counts, logit_adjustment
 from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
 from fedmm.methods.sampling import class_balanced
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.train import rate_share, train
 from fedmm.types import IGNORE, Step
 
@@ -31,7 +31,7 @@ def started(llava, llm, count=10):
     """A model at its common start, and ten examples to train on."""
     built, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     built.reset(seeds.generator(0, "test"))
-    return Model(built, llm), encode(built, prepare(some_examples(count), processor, PROMPT))
+    return SplitModel(built, llm), encode(built, prepare(some_examples(count), processor, PROMPT))
 
 
 def trained(llava, llm, method, **options):
@@ -332,7 +332,7 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
     schema = targets.make(cfg.schema)(2, 2)  # the last round: feddpa's local adapters train in it
     built.freeze_all_but(schema.trains)
     before = {one: built.state(one) for one in cfg.method.sets}
-    model, items = Model(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
+    model, items = SplitModel(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
     anchor = before.get("shared", {})
     out = train(
         model,

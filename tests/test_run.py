@@ -19,6 +19,7 @@ import torch
 from conftest import DATA, PROMPT, SMALL, CountingProxy, rounds, run, some_examples
 
 from fedmm import tree
+from fedmm.adapters.privacy import Privacy
 from fedmm.config.composition import load, quoted
 from fedmm.config.settings import ConfigError
 from fedmm.edge.prepare import collate, prepare
@@ -29,7 +30,7 @@ from fedmm.flower import rounds as server_side
 from fedmm.flower.server_app import plan
 from fedmm.link import wire
 from fedmm.link.host import Host
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.results import intervals
 from fedmm.runs import records, summary
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
@@ -642,8 +643,8 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
 
 def test_answers_driven_from_the_client_are_the_hosts(edge, local_llm, processor):
     batch = collate(prepare(some_examples(5), processor, PROMPT), answers=False)
-    whole = Model(edge, local_llm)
-    stepwise = Model(edge, local_llm, private=("shared",), stop_tokens=local_llm.stop_tokens)
+    whole = SplitModel(edge, local_llm)
+    stepwise = SplitModel(edge, local_llm, privacy=Privacy(frozenset({"shared"})), stop_tokens=local_llm.stop_tokens)
     with torch.no_grad():
         for use, tokens in ((("shared",), 6), (("shared",), 1)):
             assert torch.equal(stepwise.generate(batch, use, tokens), whole.generate(batch, use, tokens))

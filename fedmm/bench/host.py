@@ -32,7 +32,7 @@ from fedmm.link.features import Features
 from fedmm.link.host import Host
 from fedmm.link.remote import RemoteLLM, Session
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.storage import memory
 from fedmm.storage.tensor_store import Store
 
@@ -102,7 +102,7 @@ def _speed(setting: Setting) -> Iterator[Case]:
         single = stack.enter_context(_host(setting, model, workers=1))
         clients = stack.enter_context(_clients(setting))
         edge = _edge(setting.shapes, model.get_input_embeddings().weight.detach().float().cpu())
-        whole = Model(edge, llm)
+        whole = SplitModel(edge, llm)
         optimizer = torch.optim.AdamW(list(edge.trainable("shared").values()), lr=1e-3)
         embeds, mask_BT = edge(merged_batch)
         fixed = replace(embeds, terms=())  # as the host sees it once features are there
@@ -260,7 +260,7 @@ class _Client:
         try:
             if train:
                 self._optimizer.zero_grad()
-                Model(self._edge, self._llm).answer_loss(self._batch).backward()
+                SplitModel(self._edge, self._llm).answer_loss(self._batch).backward()
                 self._optimizer.step()
             else:
                 self._llm.losses([self._embeds], self._mask_BT, self._batch.keep_BA, self._batch.labels_BA)

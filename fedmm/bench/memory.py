@@ -32,7 +32,7 @@ from fedmm.edge.prepare import prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.federation import build
 from fedmm.methods.lora import lora
-from fedmm.model import LLM, Model
+from fedmm.model import LLM, SplitModel
 from fedmm.storage import machine_cache
 from fedmm.storage.memory import peak_rss_bytes, rss_bytes
 from fedmm.train import train
@@ -116,7 +116,7 @@ def _later(shapes: Shapes) -> list[dict[str, float]]:
     found = []
     for batch_size in BATCHES:
         train(
-            Model(edge, cast(LLM, Answerless())),
+            SplitModel(edge, cast(LLM, Answerless())),
             items,
             lora,
             make_optimizer=torch.optim.AdamW,

@@ -21,7 +21,7 @@ from fedmm.edge import base
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.link.remote import RemoteLLM, Session
 from fedmm.losses import Mutual
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.types import Batch
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Way:
 
     def model(self, one: NanoEdge, session: Session) -> Model:
         codecs = Codecs(self.codec, self.codec, self.codec, self.codec)
-        return Model(one, RemoteLLM(session, encoding=self.encoding, codecs=codecs), self.loss_at)
+        return SplitModel(one, RemoteLLM(session, encoding=self.encoding, codecs=codecs), self.loss_at)
 
     def step(self, model: Model, given: Batch) -> tuple[Tensor, ...]:
         losses = model.losses(given, self.uses, self.mutual)

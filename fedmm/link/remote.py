@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedmm.adapters.privacy import EVERYTHING_MAY_LEAVE, Privacy
 from fedmm.codecs import Codecs, read, write
 from fedmm.edge.base import KEY_BYTES
 from fedmm.link import tls, wire
@@ -233,7 +234,7 @@ class RemoteLLM:
 
     With `encoding` factored a step carries names of its samples' features, h and B of each low-rank term, and brings
     their gradients back; `dense` carries embeddings and theirs. With `cache` none features go up with every step. Where
-    a set of adapters named in `private` acts, a step is dense, so that nothing of that set leaves.
+    a private set of adapters acts, a step is dense, so that nothing of that set leaves.
     """
 
     def __init__(
@@ -242,11 +243,11 @@ class RemoteLLM:
         *,
         encoding: str = "factored",
         cache: str = "run",
-        private: Sequence[str] = (),
+        privacy: Privacy = EVERYTHING_MAY_LEAVE,
         codecs: Codecs | None = None,
     ) -> None:
         self._session = session
-        self._encoding, self._cache, self._private, self._codecs = encoding, cache, private, codecs or Codecs()
+        self._encoding, self._cache, self._privacy, self._codecs = encoding, cache, privacy, codecs or Codecs()
         self._steps = itertools.count()
         self._told = False
         self._held: set[str] = set()  # keys of features that the host has said it holds
@@ -310,7 +311,7 @@ class RemoteLLM:
         if trained and self._encoding == "factored" and not self._told:
             log.warning("edge.lora trains in front of the LLM, so image positions change each step: they go whole")
             self._told = True
-        private = any(term.name.split(".")[0] in self._private for embeds in branches for term in embeds.terms)
+        private = self._privacy.covers(term.name for embeds in branches for term in embeds.terms)
         if self._encoding == "dense" or private or source is None or (trained and len(branches) > 1):
             return _dense_step(branches, mask_BT)
         return _factored_step(branches, mask_BT, source, named=self._cache == "run")

@@ -22,7 +22,7 @@ from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.methods.lora import lora
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.types import Batch, Embeds, Part, Squares, State, Step
 
 
@@ -54,7 +54,7 @@ def diagonal_fisher(
     total: State = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in parameters.items()}
     if samples is not None and samples < len(items):
         items = [items[i * len(items) // samples] for i in range(samples)]
-    if not model.edge.terms_only:
+    if not (isinstance(model, SplitModel) and model.edge.terms_only):
         _add_singly(total, model, items)
         return tree.scale(total, 1 / len(items))
     for start in range(0, len(items), batch_size):
@@ -80,7 +80,7 @@ def _by_sample(packed_N: Tensor, part: Part, batch: Batch) -> tuple[Tensor, ...]
     return packed_N.split(torch.bincount(part.positions_N // T, minlength=B).tolist())
 
 
-def _add_inner(total: State, model: Model, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
+def _add_inner(total: State, model: SplitModel, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
     """Add the squares of what trains inside encoder and connector: each sample's graph is made and used alone."""
     inner = {
         name: p
