@@ -49,6 +49,7 @@ class LLM(Protocol):
     ) -> Int[Tensor, "B N"]: ...
 
 
+@runtime_checkable
 class Model(Protocol):
     """What methods, scores and the server's stages ask of a model; `use` names the sets of adapters that act."""
 

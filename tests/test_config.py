@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -76,18 +75,18 @@ def test_an_unknown_override_and_a_wrong_type_name_what_is_there(override, says)
 
 
 def test_a_wrong_yaml_is_named_and_not_composed_again(tmp_path, monkeypatch):
-    shutil.copytree(composition.folder(), tmp_path / "conf")
-    (tmp_path / "conf" / "experiment" / "wrong.yaml").write_text("defaults:\n  - override /nothing: there\n")
-    monkeypatch.setattr(composition, "folder", lambda: tmp_path / "conf")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "wrong.yaml").write_text("defaults:\n  - override /nothing: there\n")
+    monkeypatch.setenv("FEDMM_CONF", str(tmp_path))
     with pytest.raises(ConfigError, match="In 'experiment/wrong': Could not override 'nothing"):
         load(["experiment=wrong"])
 
 
 def test_an_arm_tells_all_that_it_is_in_its_own_file(tmp_path, monkeypatch):
     """Else what a compared arm sets could not be told from what was asked for."""
-    shutil.copytree(composition.folder(), tmp_path / "conf")
-    (tmp_path / "conf" / "arm" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - feddat\nlabel: mine\n")
-    monkeypatch.setattr(composition, "folder", lambda: tmp_path / "conf")
+    (tmp_path / "arm").mkdir()
+    (tmp_path / "arm" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - feddat\nlabel: mine\n")
+    monkeypatch.setenv("FEDMM_CONF", str(tmp_path))
     with pytest.raises(ConfigError, match=r"mine.yaml stands on feddat; name in it what that one chooses"):
         composition.arms(compose(["compare=[mine]"]), ["compare=[mine]"])
 

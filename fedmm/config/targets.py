@@ -1,7 +1,8 @@
 """Nodes that name a target: which targets are allowed, whether their arguments are complete and typed, and making them.
 
 A target is a function's name, and a run calls it. So a configuration may name only what a file of `conf/` names at the
-same place (`rule`, `method.step`, `dataset.of.*`), and what this machine's FEDMM_ALLOW_TARGETS adds to those places.
+same place (`rule`, `method.step`, `dataset.of.*`), or a file of a folder in this machine's FEDMM_CONF, and what its
+FEDMM_ALLOW_TARGETS adds to those places.
 This is checked before anything is imported. A rule such as "inside fedmm" is too wide: fedmm has functions that write
 files.
 """
@@ -35,6 +36,17 @@ def folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
+def folders() -> tuple[Path, ...]:
+    """Where this process finds yaml files: the package's own, and those that its FEDMM_CONF names, with : between them.
+    Of two with one name the first counts."""
+    return folder(), *(Path(own).absolute() for own in os.environ.get("FEDMM_CONF", "").split(os.pathsep) if own)
+
+
+def environment() -> tuple[str, ...]:
+    """What this process's environment adds to a configuration: as a key for what is kept of one."""
+    return tuple(os.environ.get(f"FEDMM_{name}", "") for name in ("DATA", "ALLOW_TARGETS", "CONF"))
+
+
 _MOVED = {"fedmm.edge.schema.": "fedmm.adapters.schema.", "fedmm.edge.inner.": "fedmm.adapters.inner."}
 
 
@@ -56,7 +68,7 @@ def make(node: Any) -> Any:
     if not node.get("_partial_"):
         return _instantiated(node)
     values = OmegaConf.to_container(node, resolve=True)
-    return _partial(_Content(repr(values), values), os.environ.get("FEDMM_ALLOW_TARGETS"))
+    return _partial(_Content(repr(values), values), environment())
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class _Content:
 
 
 @functools.lru_cache(maxsize=128)
-def _partial(content: _Content, _targets: str | None) -> Callable[..., Any]:
+def _partial(content: _Content, _environment: tuple[str, ...]) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], _instantiated(OmegaConf.create(content.values)))
 
 
@@ -76,7 +88,7 @@ def _instantiated(node: DictConfig) -> Any:
     for path, _, inner in _walk(node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        if not _admitted(str(inner["_target_"]), _listed_anywhere()):
+        if not _admitted(str(inner["_target_"]), frozenset().union(*_listed(folders()).values())):
             raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
         return instantiate(node, _convert_="all")
@@ -92,7 +104,7 @@ def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
 def unlisted(cfg: DictConfig) -> Iterator[str]:
     """Every target that may not stand where it does, one line each. Imports nothing."""
     for _, place, node in _walk(cfg):
-        target, listed = str(node["_target_"]), _listed().get(place, frozenset())
+        target, listed = str(node["_target_"]), _listed(folders()).get(place, frozenset())
         if not listed:
             yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
         elif not _admitted(target, listed):
@@ -110,26 +122,22 @@ def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, b
             hints = hints_of(locate(str(node["_target_"])))
             for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
                 values = node[name].values() if isinstance(node[name], DictConfig) else [node[name]]
-                known = _values().get(f"{place}.{name}", frozenset())
+                known = _values(folders()).get(f"{place}.{name}", frozenset())
                 yield from ((f"{path}.{name}", str(v), str(v) in known) for v in values if v is not None)
 
 
-@functools.cache
-def _listed() -> dict[str, frozenset[str]]:
-    """The targets that the files of `conf/` name, by place."""
-    return {place[: -len("._target_")]: named for place, named in _values().items() if place.endswith("._target_")}
+@functools.lru_cache(maxsize=8)
+def _listed(folders: tuple[Path, ...]) -> dict[str, frozenset[str]]:
+    """The targets that the yaml files name, by place."""
+    values = _values(folders).items()
+    return {place[: -len("._target_")]: named for place, named in values if place.endswith("._target_")}
 
 
-@functools.cache
-def _listed_anywhere() -> frozenset[str]:
-    return frozenset().union(*_listed().values())
-
-
-@functools.cache
-def _values() -> dict[str, frozenset[str]]:
-    """What the files of `conf/` set in nodes that name a target, by place; an interpolation is no value."""
+@functools.lru_cache(maxsize=8)
+def _values(folders: tuple[Path, ...]) -> dict[str, frozenset[str]]:
+    """What the yaml files set in nodes that name a target, by place; an interpolation is no value."""
     found: dict[str, frozenset[str]] = {}
-    for path in sorted(folder().glob("*/*.yaml")):
+    for path in sorted(path for folder in folders for path in folder.glob("*/*.yaml")):
         text = path.read_text()
         file = OmegaConf.create(text.replace("${", "$<"))  # a file by itself has nothing that it could refer to
         prefix = "" if text.startswith("# @package _global_") else path.parent.name

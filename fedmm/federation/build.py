@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -193,6 +193,7 @@ def server_edge(cfg: Config, held: Whole) -> Edge:
     return head_of(cfg).server_edge(held)
 
 
+@runtime_checkable
 class Head(Protocol):
     """Who answers in a run: an LLM, or a classifier over class names. All that differs by it is here."""
 
