@@ -27,6 +27,7 @@ GRADIENTS, WEIGHT, BIAS = "gradients", "retrained.weight", "retrained.bias"
 Retrained = Annotated[State, "of a rule that trains a classifier's second head"]
 
 
+# parameters: each after * is a setting of conf/rule/creff.yaml
 def creff(
     current: Retrained,
     updates: Iterable[Update],

@@ -165,6 +165,7 @@ _BANK = 3000
 """Open digits bent for one public split at most (0.5 s on one core); beyond it they are drawn again."""
 
 
+# parameters: each is a setting of conf/dataset/scenes*.yaml
 def scenes(
     *,
     seed: int = 0,
@@ -215,6 +216,7 @@ def scenes(
     return {**made, "public": shown}
 
 
+# parameters: the laws that scenes are drawn by, most of them left at their defaults by a caller
 def compose(
     prefix: str,
     rng: np.random.Generator,

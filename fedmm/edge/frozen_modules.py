@@ -117,6 +117,7 @@ def base(parts: Mapping[str, torch.Tensor], table: Table | None = None) -> Base:
     return Base(connector, table_VD if table is None else table, _processor(parts))
 
 
+# parameters: what an edge is made of; NanoEdge takes the same, and a record between them would say it twice
 def build(
     parts: Mapping[str, torch.Tensor],
     *,

@@ -44,6 +44,7 @@ class NanoEdge(Edge):
     adapters of the same sets lie inside them: `forward` lets the named ones act there too, for the pass that follows.
     """
 
+    # parameters: what an edge is made of, each named at its one place of use
     def __init__(
         self,
         encoder: nn.Module | None,

@@ -22,6 +22,7 @@ from fedmm.model import Model
 from fedmm.types import Batch, Step
 
 
+# parameters: each after * is a setting of conf/method/feddat.yaml
 def feddat(
     model: Model,
     batch: Batch,

@@ -45,6 +45,7 @@ class Aligned:
     reason: str = ""  # why it stopped early
 
 
+# parameters: each after * is a setting of conf/align/; those before are what a stage is given
 def align(
     model: Model,
     state: State,

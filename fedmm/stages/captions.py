@@ -62,6 +62,7 @@ class Captions:
     dropped: dict[str, int]
 
 
+# parameters: each after * is a setting of conf/captions/; those before are what a stage is given
 def captions(
     model: Model,
     processor: Processor,
@@ -201,6 +202,7 @@ def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64
     return Writer(f"own:{fingerprint(model, processor, prompt)[:16]}:{max_tokens}", say)
 
 
+# parameters: each after * is a setting of conf/captions/hub.yaml
 def hub(
     model: Model,
     processor: Processor,

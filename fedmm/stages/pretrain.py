@@ -77,6 +77,7 @@ def losses(
     return model.answer_loss(replace(batch, features_MPE=blended_MPE, keys=None), ()), distance
 
 
+# parameters: each after * is a setting of conf/pretrain/; those before are what a stage is given
 def pretrain(
     compact: Compact,
     model: Model,
