@@ -24,6 +24,7 @@ from fedmm.config.composition import load, quoted
 from fedmm.config.settings import ConfigError
 from fedmm.edge.prepare import collate, prepare
 from fedmm.evaluate.answers import Answer
+from fedmm.federation import build
 from fedmm.federation import client as client_side
 from fedmm.flower import inprocess
 from fedmm.flower import rounds as server_side
@@ -665,13 +666,13 @@ def test_where_the_llm_runs_changes_no_bit(backbone, tmp_path, arm):
 
 
 def test_a_client_whose_backbone_is_another_is_told(backbone, tmp_path, monkeypatch):
-    whole = client_side.whole
+    whole = build.whole
 
     def other(cfg):
         held = whole(cfg)
         return replace(held, card=held.card | {"edge": "other"})
 
-    monkeypatch.setattr(client_side, "whole", other)
+    monkeypatch.setattr(build, "whole", other)
     with pytest.raises(
         FedmmError, match=r"this client's backbone is not the server's: \['edge'\] differ; use the same"
     ):

@@ -357,7 +357,7 @@ def test_a_reason_that_is_not_on_the_list_is_refused():
         reasons.told(SECRET, 1)
 
 
-@pytest.mark.parametrize("target", sorted(frozenset().union(*targets._listed().values())))
+@pytest.mark.parametrize("target", sorted(frozenset().union(*targets.listed().values())))
 def test_every_listed_target_says_what_it_reads(target):
     """A parameter that names a file or folder has the type that the site's policy goes by."""
     hints = targets.hints_of(targets.locate(target))

@@ -88,7 +88,7 @@ def _instantiated(node: DictConfig) -> Any:
     for path, _, inner in _walk(node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        if not _admitted(str(inner["_target_"]), frozenset().union(*_listed(folders()).values())):
+        if not _admitted(str(inner["_target_"]), frozenset().union(*listed().values())):
             raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
         return instantiate(node, _convert_="all")
@@ -104,12 +104,12 @@ def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
 def unlisted(cfg: DictConfig) -> Iterator[str]:
     """Every target that may not stand where it does, one line each. Imports nothing."""
     for _, place, node in _walk(cfg):
-        target, listed = str(node["_target_"]), _listed(folders()).get(place, frozenset())
-        if not listed:
+        target, known = str(node["_target_"]), listed().get(place, frozenset())
+        if not known:
             yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
-        elif not _admitted(target, listed):
+        elif not _admitted(target, known):
             yield (
-                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(listed))} there, and "
+                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(known))} there, and "
                 "FEDMM_ALLOW_TARGETS adds to them"
             )
 
@@ -126,9 +126,13 @@ def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, b
                 yield from ((f"{path}.{name}", str(v), str(v) in known) for v in values if v is not None)
 
 
+def listed() -> dict[str, frozenset[str]]:
+    """The targets that this process's yaml files name, by place."""
+    return _listed(folders())
+
+
 @functools.lru_cache(maxsize=8)
 def _listed(folders: tuple[Path, ...]) -> dict[str, frozenset[str]]:
-    """The targets that the yaml files name, by place."""
     values = _values(folders).items()
     return {place[: -len("._target_")]: named for place, named in values if place.endswith("._target_")}
 
