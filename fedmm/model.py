@@ -1,4 +1,4 @@
-"""The whole model as a method sees it: an edge and an LLM, wherever the LLM is."""
+"""The whole model as a method sees it: an edge with an LLM behind it, wherever that is, or a classifier alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedmm.adapters.privacy import EVERYTHING_MAY_LEAVE, Privacy
+from fedmm.edge.classifier import Classifier
+from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.sets import Edge
 from fedmm.losses import Mutual, branch_losses
 from fedmm.types import IGNORE, Batch, Embeds, Squares, TokenTerm
@@ -46,42 +49,81 @@ class LLM(Protocol):
     ) -> Int[Tensor, "B N"]: ...
 
 
-@dataclass(frozen=True)
-class Model:
-    """`model(batch)` gives answer logits; `use` names the sets of adapters that act.
+@runtime_checkable
+class Model(Protocol):
+    """What methods, scores and the server's stages ask of a model; `use` names the sets of adapters that act."""
 
-    `loss_at` is `link.loss`: auto lets the LLM's side compute the losses it knows (one round trip), client never does.
-    Sets named in `private` stay here in generation too: a token at a time, each a forward of its own, up to one of
-    `stop_tokens`.
-    """
-
-    edge: Edge
-    llm: LLM
-    loss_at: str = "auto"
-    private: Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
+    @property
+    def edge(self) -> Edge: ...
 
     def __call__(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, "B A V"]:
         """Answer logits, on which the caller computes any loss."""
-        embeds, mask_BT = self.edge(batch, use)
-        return self.llm(embeds, mask_BT, batch.keep_BA)
 
     def answer_loss(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, ""]:
         """Mean cross-entropy over the answer tokens."""
-        return self.losses(batch, (use,))[0]
 
     def losses(
         self, batch: Batch, uses: Sequence[Sequence[str]], mutual: Mutual | None = None
     ) -> tuple[Float[Tensor, ""], ...]:
         """A loss for each of several branches, each with its own sets of adapters, by `fedmm.losses.branch_losses`."""
+
+    def generate(self, batch: Batch, use: Sequence[str] = ("shared",), max_tokens: int = 8) -> Int[Tensor, "B N"]:
+        """Greedy answers to a batch of prompts."""
+
+
+@dataclass(frozen=True)
+class ClassifierModel:
+    """A classifier: its answer is one position, its vocabulary the class names."""
+
+    edge: Classifier
+
+    def __call__(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, "B A V"]:
+        return self.edge.logits(batch, use)[:, None]
+
+    def answer_loss(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, ""]:
+        return self.losses(batch, (use,))[0]
+
+    def losses(
+        self, batch: Batch, uses: Sequence[Sequence[str]], mutual: Mutual | None = None
+    ) -> tuple[Float[Tensor, ""], ...]:
+        return branch_losses([self(batch, use) for use in uses], batch.labels_BA, mutual)
+
+    def generate(self, batch: Batch, use: Sequence[str] = ("shared",), max_tokens: int = 8) -> Int[Tensor, "B N"]:
+        return self(batch, use).argmax(-1)
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """An edge, and the LLM behind it.
+
+    `loss_at` is `link.loss`: auto lets the LLM's side compute the losses it knows (one round trip), client never does.
+    Private sets stay here in generation too: a token at a time, each a forward of its own, up to one of `stop_tokens`.
+    """
+
+    edge: NanoEdge
+    llm: LLM
+    loss_at: str = "auto"
+    privacy: Privacy = EVERYTHING_MAY_LEAVE
+    stop_tokens: Sequence[int] = ()
+
+    def __call__(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, "B A V"]:
+        embeds, mask_BT = self.edge(batch, use)
+        return self.llm(embeds, mask_BT, batch.keep_BA)
+
+    def answer_loss(self, batch: Batch, use: Sequence[str] = ("shared",)) -> Float[Tensor, ""]:
+        return self.losses(batch, (use,))[0]
+
+    def losses(
+        self, batch: Batch, uses: Sequence[Sequence[str]], mutual: Mutual | None = None
+    ) -> tuple[Float[Tensor, ""], ...]:
         if self.loss_at == "client" or not self.edge.terms_only:  # adapters inside the LLM: a branch at a time
             logits = [self(batch, use) for use in uses]
             return branch_losses(logits, batch.labels_BA.to(logits[0].device), mutual)
         return self.llm.losses(self.edge.branches(batch, uses), batch.mask_BT, batch.keep_BA, batch.labels_BA, mutual)
 
     def generate(self, batch: Batch, use: Sequence[str] = ("shared",), max_tokens: int = 8) -> Int[Tensor, "B N"]:
-        """Greedy answers to a batch of prompts. A row that has stopped is filled with its stop token."""
-        if set(self.private) & set(use):
+        """A row that has stopped is filled with its stop token."""
+        if self.privacy.covers(use):
             return self._greedy(batch, use, max_tokens, torch.tensor(self.stop_tokens))
         embeds, mask_BT = self.edge(batch, use)
         return self.llm.generate(embeds, mask_BT, self.edge.token_terms(use), max_tokens)

@@ -41,6 +41,7 @@ def rate_share(schedule: Schedule, round: int, rounds: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (round - 1) / rounds)) if schedule == "cosine" else 1.0
 
 
+# parameters: each after * is a setting of a run, or where the round stands in it
 def train(
     model: Model,
     items: Sequence[Prepared],

@@ -30,6 +30,10 @@ READ_PATH = "is read from this machine's disk"
 ReadPath = Annotated[str, READ_PATH]
 """Names a file or folder to read. An order may set a parameter of this type only to what lies below the site's root."""
 
+ANCHORED = "stay near the received state"
+Anchored = Annotated[Sequence[str], ANCHORED]
+"""Names sets of adapters that a method holds near the received state; being named so does not make them act."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -13,7 +13,7 @@ import fedmm
 
 PACKAGE = Path(fedmm.__file__).parent
 FLOORS = [
-    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds", "fedmm.storage", "fedmm.shown", "fedmm.peak"),
+    ("fedmm", "fedmm.types", "fedmm.tree", "fedmm.seeds", "fedmm.bounds", "fedmm.storage", "fedmm.shown", "fedmm.peak"),
     ("fedmm.adapters", "fedmm.losses", "fedmm.codecs"),
     ("fedmm.edge", "fedmm.aggregate", "fedmm.data", "fedmm.link"),
     ("fedmm.llm", "fedmm.model"),

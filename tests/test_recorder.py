@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from fedmm.serving.round import Traffic
 from omegaconf import OmegaConf
 
 from fedmm import tree
@@ -16,6 +15,7 @@ from fedmm.federation.client import Order, Report
 from fedmm.flower.recorder import Outcome, Recorder
 from fedmm.runs import events
 from fedmm.runs.folder import RunFolder, latest_checkpoint
+from fedmm.serving.round import Traffic
 from fedmm.types import Update
 
 

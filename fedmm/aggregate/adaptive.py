@@ -14,12 +14,17 @@ Source: Reddi et al. 2021, algorithm 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from fedmm.aggregate import running
+from fedmm.bounds import Ge, Gt, Lt, hold
 from fedmm.types import State, Update
+
+Above0 = Annotated[float, Gt(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 def fedadam(
@@ -27,14 +32,14 @@ def fedadam(
     updates: Iterable[Update],
     memory: State,
     *,
-    lr: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
+    lr: Above0 = 0.01,
+    beta1: Share = 0.9,
+    beta2: Share = 0.99,
+    tau: Above0 = 1e-3,
     weights: running.Weights = "examples",
 ) -> tuple[State, State]:
     """Adam on the server. `memory` keeps `first/NAME` and `second/NAME`. Holds one update at a time."""
-    _check(lr, beta1, beta2, tau)
+    hold("rule", fedadam, lr=lr, beta1=beta1, beta2=beta2, tau=tau)
     change = running.average(current, updates, weights)
     return _step(current, change, memory, lambda v, d2: beta2 * v + (1 - beta2) * d2, lr, beta1, tau)
 
@@ -44,14 +49,14 @@ def fedyogi(
     updates: Iterable[Update],
     memory: State,
     *,
-    lr: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
+    lr: Above0 = 0.01,
+    beta1: Share = 0.9,
+    beta2: Share = 0.99,
+    tau: Above0 = 1e-3,
     weights: running.Weights = "examples",
 ) -> tuple[State, State]:
     """Yogi on the server: v falls by d^2's size, not by its own, so one quiet round does not forget the loud ones."""
-    _check(lr, beta1, beta2, tau)
+    hold("rule", fedyogi, lr=lr, beta1=beta1, beta2=beta2, tau=tau)
     change = running.average(current, updates, weights)
     return _step(current, change, memory, lambda v, d2: v - (1 - beta2) * d2 * torch.sign(v - d2), lr, beta1, tau)
 
@@ -72,11 +77,3 @@ def _step(
         merged[name] = current[name] + lr * m / (v.sqrt() + tau)
         kept |= {f"first/{name}": m, f"second/{name}": v}
     return merged, kept
-
-
-def _check(lr: float, beta1: float, beta2: float, tau: float) -> None:
-    if not (lr > 0 and tau > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(
-            "an adaptive rule needs rule.lr and rule.tau above 0, rule.beta1 and rule.beta2 from 0 to below 1, got "
-            f"lr={lr:g} tau={tau:g} beta1={beta1:g} beta2={beta2:g}"
-        )

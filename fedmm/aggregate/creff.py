@@ -20,12 +20,14 @@ from torch import Tensor
 
 from fedmm import seeds, tree
 from fedmm.aggregate import running
+from fedmm.bounds import Count, Ge, Mistake, NotNegative
 from fedmm.types import State, Update
 
 GRADIENTS, WEIGHT, BIAS = "gradients", "retrained.weight", "retrained.bias"
 Retrained = Annotated[State, "of a rule that trains a classifier's second head"]
 
 
+# parameters: each after * is a setting of conf/rule/creff.yaml
 def creff(
     current: Retrained,
     updates: Iterable[Update],
@@ -33,11 +35,11 @@ def creff(
     *,
     seed: int = 0,
     weights: running.Weights = "examples",
-    per_class: int = 100,
-    match_steps: int = 100,
-    match_lr: float = 0.1,
-    head_steps: int = 300,
-    head_lr: float = 0.1,
+    per_class: Count = 100,
+    match_steps: Annotated[int, Ge(0)] = 100,
+    match_lr: NotNegative = 0.1,
+    head_steps: Annotated[int, Ge(0)] = 300,
+    head_lr: NotNegative = 0.1,
 ) -> tuple[State, State]:
     """The mean, with `retrained.*` trained on features, which `memory` keeps.
 
@@ -57,6 +59,15 @@ def creff(
         head = _head(merged["head.weight"], merged["head.bias"], features_CMW, head_steps, head_lr)
     merged |= {WEIGHT: head[0], BIAS: head[1], GRADIENTS: torch.zeros_like(current[GRADIENTS])}
     return merged, memory | {"features": features_CMW}
+
+
+def check(clients: int, adapters: State) -> Iterator[Mistake]:
+    """A classifier's clients must tell what the second head is trained on."""
+    if "head.weight" in adapters and GRADIENTS not in adapters:
+        yield Mistake(
+            "rule",
+            "rule=creff trains a head from gradients that no client sends; set method=creff, or choose another rule",
+        )
 
 
 class _Told:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedmm import tree
 from fedmm.aggregate import running
+from fedmm.bounds import NotNegative
 from fedmm.types import State, Update
 
 _NOTHING = 1e-28  # a mean below it is nobody's certainty: divided by it, weights would leave fp32
@@ -32,7 +33,7 @@ def fisher(
     *,
     weights: running.Weights = "examples",
     normalise: Literal["trace", "none"] = "trace",
-    floor: float = 1e-8,
+    floor: NotNegative = 1e-8,
 ) -> tuple[State, State]:
     """Merge deltas by diagonal Fisher information. Holds one update at a time.
 

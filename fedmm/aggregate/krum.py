@@ -11,7 +11,8 @@ Source: Blanchard et al. 2017, section 4 (Krum, n >= 2f + 3) and their multi-Kru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -19,10 +20,14 @@ from torch import Tensor
 
 from fedmm.aggregate import gathered
 from fedmm.aggregate.gathered import Gathered
+from fedmm.bounds import Count, Ge, Mistake, hold
 from fedmm.types import State
 
+Byzantine = Annotated[int, Ge(0)]
+Keep = Count | None
 
-def krum(current: State, updates: Gathered, memory: State, *, byzantine: int = 1) -> tuple[State, State]:
+
+def krum(current: State, updates: Gathered, memory: State, *, byzantine: Byzantine = 1) -> tuple[State, State]:
     """Add the change of the one client with the lowest score to `current`; of equal ones, the first client's.
 
     Bears garbage from `byzantine` clients, f, of at least 2 f + 3. Holds all deltas.
@@ -31,7 +36,7 @@ def krum(current: State, updates: Gathered, memory: State, *, byzantine: int = 1
 
 
 def multi_krum(
-    current: State, updates: Gathered, memory: State, *, byzantine: int = 1, keep: int | None = None
+    current: State, updates: Gathered, memory: State, *, byzantine: Byzantine = 1, keep: Keep = None
 ) -> tuple[State, State]:
     """Add the mean change of the `keep` clients with the lowest scores to `current`.
 
@@ -39,10 +44,7 @@ def multi_krum(
     Of fewer than 2 f + 3 clients, as when one was refused at the door, it bears as many as they can, (n - 3) / 2; of
     fewer than three nothing is taken, as nobody could be told from garbage. Holds all deltas.
     """
-    if byzantine < 0:
-        raise ValueError(f"rule.byzantine must be at least 0, got {byzantine}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"rule.keep must be at least 1, or null for all but rule.byzantine, got {keep}")
+    hold("rule", multi_krum, byzantine=byzantine, keep=keep)
     changes = gathered.deltas(current, updates)
     if len(changes) < 3:
         return current, memory
@@ -50,6 +52,22 @@ def multi_krum(
     best = scores(changes, f).argsort(stable=True)[: min(keep or len(changes), len(changes) - f)]
     chosen = [changes[k] for k in best.tolist()]
     return gathered.moved(current, chosen, lambda changes_K: changes_K.mean(dim=0)), memory
+
+
+def check(clients: int, adapters: State, *, byzantine: int, keep: int | None = None) -> Iterator[Mistake]:
+    """How many clients a round needs."""
+    if 2 * byzantine + 3 > clients:
+        yield Mistake(
+            "rule.byzantine",
+            f"rule.byzantine={byzantine} needs at least {2 * byzantine + 3} clients in a round, got {clients}; "
+            "lower it, or raise clients or clients_per_round",
+        )
+    elif keep is not None and keep > clients - byzantine:
+        yield Mistake(
+            "rule.keep",
+            f"rule.keep={keep} of {clients} clients in a round keeps some of rule.byzantine={byzantine}; lower one, "
+            "or raise clients or clients_per_round",
+        )
 
 
 def scores(changes: Sequence[State], byzantine: int) -> Float[Tensor, " K"]:

@@ -9,11 +9,13 @@ Source: Hsu et al. 2019 (FedAvgM, eta = 1).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 
 from fedmm import tree
 from fedmm.aggregate import running
+from fedmm.bounds import Ge, Gt, Lt, hold
 from fedmm.types import State, Update
 
 
@@ -22,8 +24,8 @@ def fedavgm(
     updates: Iterable[Update],
     memory: State,
     *,
-    lr: float = 1.0,
-    momentum: float = 0.9,
+    lr: Annotated[float, Gt(0)] = 1.0,
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9,
     weights: running.Weights = "examples",
 ) -> tuple[State, State]:
     """Step by the velocity, which `memory` keeps as `velocity/NAME`. Holds one update at a time.
@@ -31,11 +33,7 @@ def fedavgm(
     A tensor that nobody sent waits, and its velocity with it. With momentum 0 and lr 1 it is the mean, bit for bit.
     Raises ValueError for settings out of range.
     """
-    if not (lr > 0 and 0 <= momentum < 1):
-        raise ValueError(
-            "rule=fedavgm needs rule.lr above 0 and rule.momentum from 0 to below 1, got "
-            f"lr={lr:g} momentum={momentum:g}"
-        )
+    hold("rule", fedavgm, lr=lr, momentum=momentum)
     change = running.average(current, updates, weights)
     velocity = {name: momentum * memory.get(f"velocity/{name}", torch.zeros_like(d)) + d for name, d in change.items()}
     return tree.moved(current, tree.scale(velocity, lr)), memory | {f"velocity/{n}": v for n, v in velocity.items()}

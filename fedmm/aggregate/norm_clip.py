@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 
 from fedmm import tree
 from fedmm.aggregate import running
 from fedmm.aggregate.gathered import Gathered
+from fedmm.bounds import Gt, hold
 from fedmm.types import State, Update
 
 
@@ -25,7 +27,7 @@ def norm_clip(
     updates: Gathered,
     memory: State,
     *,
-    bound: float | None = None,
+    bound: Annotated[float, Gt(0)] | None = None,
     weights: running.Weights = "uniform",
 ) -> tuple[State, State]:
     """Clip each delta to the norm `bound`, then add their mean to `current`.
@@ -33,8 +35,7 @@ def norm_clip(
     Without a bound it is the median of the norms that arrived, for which all deltas are held; with one, one update at
     a time. Raises ValueError for a bound that is not above 0.
     """
-    if bound is not None and bound <= 0:
-        raise ValueError(f"rule.bound must be above 0, or null for the median of the norms, got {bound:g}")
+    hold("rule", norm_clip, bound=bound)
     if bound is None:
         updates = [replace(update, fisher=None) for update in updates]
         bound = statistics.median([norm(update.delta) for update in updates] or [0.0])

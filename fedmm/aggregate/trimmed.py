@@ -10,11 +10,13 @@ Source: Yin et al. 2018, definitions 1 (median) and 2 (trimmed mean), there of g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from fedmm.aggregate import gathered
 from fedmm.aggregate.gathered import Gathered
+from fedmm.bounds import Mistake
 from fedmm.types import State
 
 
@@ -38,6 +40,19 @@ def trimmed_mean(current: State, updates: Gathered, memory: State, *, trim: floa
         raise ValueError(f"rule.trim must be a share from 0 to below 0.5, or a number from 1, got {trim:g}")
     changes = gathered.deltas(current, updates)
     return gathered.moved(current, changes, lambda changes_K: _middle(changes_K, dropped(trim, len(changes_K)))), memory
+
+
+def check(clients: int, adapters: State, *, trim: float = 0.0) -> Iterator[Mistake]:
+    """Whether a round has clients enough, as `trim` stands; the median has none."""
+    if trim >= 1 and not float(trim).is_integer():
+        wanted = "a share below 0.5, or a whole number of clients from 1"
+        yield Mistake("rule.trim", f"rule.trim must be {wanted}, got {trim:g}")
+    elif (0 <= trim < 0.5 or trim >= 1) and dropped(trim, clients) * 2 >= clients:
+        yield Mistake(
+            "rule.trim",
+            f"rule.trim={trim:g} must leave one of {clients} clients in a round, and drops {dropped(trim, clients)} at "
+            "each end; lower it, or raise clients or clients_per_round",
+        )
 
 
 def dropped(trim: float, K: int) -> int:

@@ -31,7 +31,7 @@ from fedmm.edge.nano_edge import NanoEdge
 from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import Session
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.serving.features import Features
 from fedmm.serving.host import Host
 from fedmm.serving.limits import Limits
@@ -104,7 +104,7 @@ def _speed(setting: Setting) -> Iterator[Case]:
         single = stack.enter_context(_host(setting, model, workers=1))
         clients = stack.enter_context(_clients(setting))
         edge = _edge(setting.shapes, model.get_input_embeddings().weight.detach().float().cpu())
-        whole = Model(edge, llm)
+        whole = SplitModel(edge, llm)
         optimizer = torch.optim.AdamW(list(edge.trainable("shared").values()), lr=1e-3)
         embeds, mask_BT = edge(merged_batch)
         fixed = replace(embeds, terms=())  # as the host sees it once features are there
@@ -262,7 +262,7 @@ class _Client:
         try:
             if train:
                 self._optimizer.zero_grad()
-                Model(self._edge, self._llm).answer_loss(self._batch).backward()
+                SplitModel(self._edge, self._llm).answer_loss(self._batch).backward()
                 self._optimizer.step()
             else:
                 self._llm.losses([self._embeds], self._mask_BT, self._batch.keep_BA, self._batch.labels_BA)

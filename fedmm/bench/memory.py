@@ -26,13 +26,13 @@ from fedmm import seeds, tree
 from fedmm.bench.common import Case, Size
 from fedmm.config.composition import load
 from fedmm.edge.base import Connector
-from fedmm.edge.frozen_modules import take_files
+from fedmm.edge.frozen_modules import base, take_files
 from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.federation import build
 from fedmm.methods.lora import lora
-from fedmm.model import LLM, Model
+from fedmm.model import LLM, SplitModel
 from fedmm.storage import machine_cache
 from fedmm.storage.memory import peak_rss_bytes, rss_bytes
 from fedmm.train import train
@@ -116,7 +116,7 @@ def _later(shapes: Shapes) -> list[dict[str, float]]:
     found = []
     for batch_size in BATCHES:
         train(
-            Model(edge, cast(LLM, Answerless())),
+            SplitModel(edge, cast(LLM, Answerless())),
             items,
             lora,
             make_optimizer=torch.optim.AdamW,
@@ -139,7 +139,8 @@ def _ready(shapes: Shapes, stages: dict[str, float]) -> tuple[NanoEdge, list[Pre
     assert parts is not None
     encoder = build.cached_encoder(cfg, parts, digest)
     assert encoder is not None
-    edge, processor = build.build_edge(cfg, parts, encoder=False, table=parts.rows("table"))
+    shared = base(parts, parts.rows("table"))
+    edge, processor = build.build_edge(cfg, parts, encoder=False, shared=shared)
     edge.reset(seeds.generator(0, "adapters"))
     items = prepare([_example(shapes, i) for i in range(SAMPLES)], processor, "<image> {question}", encoder)
     stages["built_gb"] = _gb(rss_bytes())

@@ -3,6 +3,9 @@
 A round is orders, sessions, steps over the link, updates, the rule and what is written, one client after another.
 Beside it stand the same clients' training and Fisher with the LLM in their process, before the run and after it.
 Scoring and the making of features, which the first round alone has, are in neither.
+
+Then what a client costs beside its training, with few clients and with many in one process: they share what none of
+them changes, so it must not grow with their number.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest import mock
 
 from omegaconf import OmegaConf
@@ -29,7 +33,6 @@ from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.nodes import find_clients
 from fedmm.flower.rounds import run_arm
 from fedmm.model import Model
-from fedmm.runs import events
 from fedmm.runs.folder import RunFolder
 from fedmm.storage.tensor_store import Store
 from fedmm.train import train
@@ -42,10 +45,12 @@ SIZES = {
     "toy": ("rounds=2", "clients=2", "batch_size=8", "dataset.train=16"),
     "real": ("rounds=4",),  # of the default run: 1,500 examples at five clients
 }
+CLIENTS = {"toy": (2, 4), "real": (100, 400)}
+FIXED_SECONDS = 0.05  # of a client whose backbone and settings are those of the client before
 
 
 def cases(size: Size) -> Iterator[Case]:
-    """Seconds of a round, without a bar."""
+    """Seconds of a round, without a bar; seconds of a client beside its training."""
     held = whole(load())
     for arm in ARMS:
         overrides = [*ASKED, *SIZES[size], f"arm={arm}"]
@@ -54,10 +59,28 @@ def cases(size: Size) -> Iterator[Case]:
         value, alone = statistics.median(rounds), (before + after) / 2
         detail = {"local": alone, "ratio": value / alone, "median_of": len(rounds)}
         yield Case("rounds", f"a round of {cfg.label}", value, "s", detail=detail)
+    for clients in CLIENTS[size]:
+        overrides = [*ASKED, "arm=fedavg", "rounds=2", f"dataset.train={20 * clients}", f"clients={clients}"]
+        value = statistics.median(_fixed(load(overrides), overrides, held))
+        bar = FIXED_SECONDS if size == "real" else None
+        yield Case("rounds", f"a client beside its training, of {clients}", value, "s", bar, detail={"round": 2})
 
 
 def _rounds(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
-    """Seconds of the rounds after the first, of a whole run in this process."""
+    """Seconds of the rounds after the first."""
+    rows = _rows(cfg, overrides, held, "events.jsonl")
+    return [row["seconds"] for row in rows if row["event"] == events.RoundEnded.kind and row["round"] > 1]
+
+
+def _fixed(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
+    """Each client's seconds in the second round, less those of its training; nobody is scored in it."""
+    rows = _rows(cfg, overrides, held, "ledger.jsonl")
+    second = [row for row in rows if row["kind"] == "client" and row["round"] == 2]
+    return [row["seconds"] - row["train_seconds"] - row["fisher_seconds"] for row in second]
+
+
+def _rows(cfg: Config, overrides: list[str], held: Whole, name: str) -> list[dict[str, Any]]:
+    """What a whole run in this process writes into a file of its folder."""
     with (
         TemporaryDirectory() as path,
         mock.patch.dict(os.environ, {"FEDMM_HOME": f"{path}/home"}),
@@ -66,8 +89,7 @@ def _rounds(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
     ):
         folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
         run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.log), cfg, overrides, held, folder, store)
-        ended = [logged.event for logged in events.read(folder.path) if isinstance(logged.event, events.RoundEnded)]
-        return [event.seconds for event in ended if event.round > 1]
+        return list(folder.rows(name))
 
 
 def _alone(cfg: Config, held: Whole) -> float:

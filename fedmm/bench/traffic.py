@@ -22,7 +22,7 @@ from fedmm.edge.nano_edge import NanoEdge
 from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import Session
 from fedmm.losses import Mutual
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.types import Batch
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Way:
 
     def model(self, one: NanoEdge, session: Session) -> Model:
         codecs = Codecs(self.codec, self.codec, self.codec, self.codec)
-        return Model(one, RemoteLLM(session, encoding=self.encoding, codecs=codecs), self.loss_at)
+        return SplitModel(one, RemoteLLM(session, encoding=self.encoding, codecs=codecs), self.loss_at)
 
     def step(self, model: Model, given: Batch) -> tuple[Tensor, ...]:
         losses = model.losses(given, self.uses, self.mutual)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import os
 import re
 import shlex
 import threading
@@ -23,9 +22,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedmm.bounds import Mistake
 from fedmm.config import checks, targets
 from fedmm.config.settings import PLACES, Config, ConfigError
-from fedmm.config.targets import folder
+from fedmm.config.targets import environment, folder, folders
 
 STAGES = ("captions", "pretrain", "align")  # groups of what the server does beside the rounds
 OVERRIDES_LIMIT = 100_000  # characters; classes=[...] of ImageNet's thousand names has 20,000
@@ -36,7 +36,7 @@ ConfigStore.instance().store(name="types", node=Config)
 
 def options(group: str) -> list[str]:
     """The names one may choose for a group, which are its files."""
-    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
+    return sorted({path.stem for folder in folders() for path in (folder / group).glob("*.yaml")})
 
 
 def groups() -> list[str]:
@@ -59,27 +59,32 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return typing.cast(Config, _compose(tuple(overrides)))
 
 
-def load(overrides: Sequence[str] = (), *, rehearse: bool = True) -> Config:
-    """`compose`, then `check`: the one way in. Raises ConfigError with every mistake."""
+def load(overrides: Sequence[str] = (), *, of_client: bool = False) -> Config:
+    """`compose`, then `check`: the one way in. Raises ConfigError with every mistake.
+
+    With `of_client` the server's own part is left alone, and what was looked at once is not looked at again.
+    """
     cfg = compose(overrides)
-    if mistakes := list(check(cfg, rehearse=rehearse)):
-        raise ConfigError("\n".join(mistakes))
+    if mistakes := _of_client(tuple(overrides), environment()) if of_client else tuple(check(cfg)):
+        raise ConfigError("\n".join(mistake.text for mistake in mistakes))
     return cfg
 
 
-def check(cfg: Config, *, rehearse: bool = True) -> Iterator[str]:
-    """Every mistake in a composed configuration, one line each; `rehearse` runs schema and rule on made-up updates."""
-    yield from checks.mistakes(cfg, rehearse=rehearse)
+def check(cfg: Config) -> Iterator[Mistake]:
+    """Every mistake in a composed configuration; schema and rule are run on made-up updates."""
+    yield from checks.mistakes(cfg)
     for arm in cfg.compare:
         if arm not in options("arm"):
-            yield f"compare names {arm!r}; available options: {', '.join(options('arm'))}"
+            yield Mistake("compare", f"compare names {arm!r}; available options: {', '.join(options('arm'))}")
+
+
+@functools.lru_cache(maxsize=64)  # a process that runs many clients gets the same settings from each order
+def _of_client(overrides: tuple[str, ...], environment: tuple[str, ...]) -> tuple[Mistake, ...]:
+    return tuple(checks.mistakes(typing.cast(Config, _composed(overrides, environment)), of_client=True))
 
 
 def _compose(overrides: tuple[str, ...]) -> DictConfig:
-    if refused := list(_refused(overrides)):
-        raise ConfigError("\n".join(refused))
-    # the one variable that a yaml file reads, and the one that adds to what it may name
-    return _composed(overrides, os.environ.get("FEDMM_DATA"), os.environ.get("FEDMM_ALLOW_TARGETS"))
+    return _composed(overrides, environment())
 
 
 def _refused(overrides: tuple[str, ...]) -> Iterator[str]:
@@ -99,10 +104,14 @@ def _refused(overrides: tuple[str, ...]) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=1024)  # a client composes the same for every message, a sweep for every question about it
-def _composed(overrides: tuple[str, ...], _data: str | None, _targets: str | None) -> DictConfig:
+def _composed(overrides: tuple[str, ...], _environment: tuple[str, ...]) -> DictConfig:
+    if refused := list(_refused(overrides)):
+        raise ConfigError("\n".join(refused))
     try:
         with _GLOBAL_HYDRA, initialize_config_dir(str(folder()), version_base="1.3", job_name="fedmm"):
-            whole = hydra_compose("config", [*_of_arm(overrides), *overrides], return_hydra_config=True)
+            own = [f"file://{path}" for path in folders()[1:]]
+            more = [*([quoted("hydra.searchpath", own)] if own else []), *_of_arm(overrides), *overrides]
+            whole = hydra_compose("config", more, return_hydra_config=True)
             choices = whole.hydra.runtime.choices
             cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
             named = set(map(key_of, overrides))
@@ -138,7 +147,7 @@ def key_of(override: str) -> str:
 
 def _arm_file(arm: str) -> Any:
     """What an arm sets and chooses, all of it told in its own file. Raises ConfigError where it stands on another."""
-    path = folder() / "arm" / f"{arm}.yaml"
+    path = next(path for folder in folders() if (path := folder / "arm" / f"{arm}.yaml").exists())
     file: Any = OmegaConf.load(path)
     if others := [choice for choice in file.get("defaults", ()) if isinstance(choice, str) and choice != "_self_"]:
         raise ConfigError(f"{path} stands on {others[0]}; name in it what that one chooses and sets")
@@ -232,7 +241,7 @@ def what(cfg: Any) -> dict[str, Any]:
 
 def quoted(key: str, value: object) -> str:
     """An override whose value Hydra takes as it stands, whatever characters it holds."""
-    if isinstance(value, bool | int | float | ListConfig):
+    if isinstance(value, bool | int | float | list | ListConfig):
         return f"{key}={value}"
     text = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{text}"'

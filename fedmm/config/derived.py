@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedmm.adapters import schema as schemas
+from fedmm.adapters.privacy import EVERYTHING_MAY_LEAVE, Privacy
 from fedmm.config.settings import Config, LinkConfig
 from fedmm.config.targets import make
 from fedmm.edge.base import KINDS
@@ -96,10 +97,13 @@ def kept(cfg: Any) -> list[str]:
     return schemas.kept(schema, cfg.rounds, names)
 
 
-def private_sets(cfg: Config) -> set[str]:
-    """The sets that hold something a client keeps; the frozen copy of such a shared set is one of them."""
+def privacy(cfg: Config) -> Privacy:
+    """With `link.local=dense` the sets that hold something a client keeps are private, and so is the frozen copy of
+    such a shared set."""
+    if cfg.link.local != "dense":
+        return EVERYTHING_MAY_LEAVE
     sets = {name.split(".")[0] for name in kept(cfg)}
-    return sets | ({"frozen"} if "shared" in sets else set())
+    return Privacy(frozenset(sets | ({"frozen"} if "shared" in sets else set())))
 
 
 def zeros(cfg: Any) -> State:

@@ -1,6 +1,7 @@
 """Every setting with its type, its default and, where it is not in conf/, the reason; and what it may be.
 
-The groups of conf/ (method, rule, dataset, ...) are checked against the signatures of what they name instead.
+The groups of conf/ (method, rule, dataset, ...) are checked against the signatures of what they name instead, where
+their bounds stand too (fedmm/bounds.py). `optimizer.lr` is here, since torch's signatures have none.
 """
 
 from __future__ import annotations
@@ -183,14 +184,9 @@ ONE_OF = {
     **{f"link.codec.{kind.name}": get_args(Codec) for kind in fields(CodecConfig)},
 }
 AT_LEAST = {
-    "method.step.alpha": 0, "method.step.beta": 0, "method.step.temperature": 0.01, "method.step.ramp": 0,
-    "method.step.share": 0, "method.step.mu": 0, "optimizer.lr": 0, "run.at_once": 1,
+    "optimizer.lr": 0, "run.at_once": 1,
     "clients": 1, "rounds": 0, "epochs": 1, "batch_size": 1, "threads": 1, "edge.rank": 0, "edge.lora.rank": 0,
     "pretrain.threads": 1, "align.threads": 1, "align.every": 1, "align.per_class": 1, "align.held_out": 1,
-    "align.step.steps": 1, "align.step.batch_size": 1, "align.step.check_every": 1, "align.step.patience": 1,
-    "align.step.beta": 0, "align.step.temperature": 0.01, "pretrain.step.steps": 1, "pretrain.step.batch_size": 1,
-    "pretrain.step.texts": 0, "pretrain.step.text": 0, "pretrain.step.note_every": 1,
-    "align.step.lr": 0, "pretrain.step.lr": 0, "captions.chunk": 1,
     "edge.cache_memory_mb": 0, "edge.cache_disk_mb": 0,
     "evaluate.every": 0, "evaluate.batch_size": 1, "evaluate.max_tokens": 1, "link.deadline_seconds": 1,
     "link.frame_limit_mb": 1, "link.sessions": 1, "link.pending": 1, "link.workers": 1, "link.merge_rows": 0,

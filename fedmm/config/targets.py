@@ -1,14 +1,14 @@
 """Nodes that name a target: which targets are allowed, whether their arguments are complete and typed, and making them.
 
 A target is a function's name, and a run calls it. So a configuration may name only what a file of `conf/` names at the
-same place (`rule`, `method.step`, `dataset.of.*`), and what this machine's FEDMM_ALLOW_TARGETS adds to those places.
+same place (`rule`, `method.step`, `dataset.of.*`), or a file of a folder in this machine's FEDMM_CONF, and what its
+FEDMM_ALLOW_TARGETS adds to those places.
 This is checked before anything is imported. A rule such as "inside fedmm" is too wide: fedmm has functions that write
 files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -16,6 +16,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from fedmm.bounds import Mistake, hints_of, outside
 from fedmm.config.settings import Config, ConfigError
 from fedmm.types import READ_PATH
 
@@ -32,6 +34,17 @@ def folder() -> Path:
     """Where the yaml files are: beside the package in a checkout and in a Flower bundle, inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def folders() -> tuple[Path, ...]:
+    """Where this process finds yaml files: the package's own, and those that its FEDMM_CONF names, with : between them.
+    Of two with one name the first counts."""
+    return folder(), *(Path(own).absolute() for own in os.environ.get("FEDMM_CONF", "").split(os.pathsep) if own)
+
+
+def environment() -> tuple[str, ...]:
+    """What this process's environment adds to a configuration: as a key for what is kept of one."""
+    return tuple(os.environ.get(f"FEDMM_{name}", "") for name in ("DATA", "ALLOW_TARGETS", "CONF"))
 
 
 _MOVED = {"fedmm.edge.schema.": "fedmm.adapters.schema.", "fedmm.edge.inner.": "fedmm.adapters.inner."}
@@ -44,17 +57,41 @@ def renamed(text: str) -> str:
     return text
 
 
-def make(node: Any, *args: Any, **kwargs: Any) -> Any:
-    """Instantiate a node of the configuration (a partial becomes a function); None stays None."""
+def make(node: Any) -> Any:
+    """Instantiate a node of the configuration (a partial becomes a function); None stays None.
+
+    A partial is the same object for the same content, so that a process with many clients makes it once, and what is
+    computed from it can be kept under it. It must hold nothing of a client.
+    """
     if node is None:
         return None
+    if not node.get("_partial_"):
+        return _instantiated(node)
+    values = OmegaConf.to_container(node, resolve=True)
+    return _partial(_Content(repr(values), values), environment())
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a node says, as a key."""
+
+    text: str
+    values: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=128)
+def _partial(content: _Content, _environment: tuple[str, ...]) -> Callable[..., Any]:
+    return typing.cast(Callable[..., Any], _instantiated(OmegaConf.create(content.values)))
+
+
+def _instantiated(node: DictConfig) -> Any:
     for path, _, inner in _walk(node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        if not _admitted(str(inner["_target_"]), _listed_anywhere()):
+        if not _admitted(str(inner["_target_"]), frozenset().union(*listed().values())):
             raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
-        return instantiate(node, *args, _convert_="all", **kwargs)
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:  # hydra's wrapping hides what the target said
         raise (error.__cause__ or error) from None
 
@@ -67,12 +104,12 @@ def nodes(cfg: Config) -> Iterator[tuple[str, DictConfig]]:
 def unlisted(cfg: DictConfig) -> Iterator[str]:
     """Every target that may not stand where it does, one line each. Imports nothing."""
     for _, place, node in _walk(cfg):
-        target, listed = str(node["_target_"]), _listed().get(place, frozenset())
-        if not listed:
+        target, known = str(node["_target_"]), listed().get(place, frozenset())
+        if not known:
             yield f"{place} takes no _target_, got {target}; no file of conf/ has one there"
-        elif not _admitted(target, listed):
+        elif not _admitted(target, known):
             yield (
-                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(listed))} there, and "
+                f"{place}._target_={target} is not allowed; conf/ names {', '.join(sorted(known))} there, and "
                 "FEDMM_ALLOW_TARGETS adds to them"
             )
 
@@ -85,26 +122,26 @@ def paths_read(cfg: Config, groups: Sequence[str]) -> Iterator[tuple[str, str, b
             hints = hints_of(locate(str(node["_target_"])))
             for name in (str(key) for key in node if READ_PATH in str(hints.get(str(key)))):
                 values = node[name].values() if isinstance(node[name], DictConfig) else [node[name]]
-                known = _values().get(f"{place}.{name}", frozenset())
+                known = _values(folders()).get(f"{place}.{name}", frozenset())
                 yield from ((f"{path}.{name}", str(v), str(v) in known) for v in values if v is not None)
 
 
-@functools.cache
-def _listed() -> dict[str, frozenset[str]]:
-    """The targets that the files of `conf/` name, by place."""
-    return {place[: -len("._target_")]: named for place, named in _values().items() if place.endswith("._target_")}
+def listed() -> dict[str, frozenset[str]]:
+    """The targets that this process's yaml files name, by place."""
+    return _listed(folders())
 
 
-@functools.cache
-def _listed_anywhere() -> frozenset[str]:
-    return frozenset().union(*_listed().values())
+@functools.lru_cache(maxsize=8)
+def _listed(folders: tuple[Path, ...]) -> dict[str, frozenset[str]]:
+    values = _values(folders).items()
+    return {place[: -len("._target_")]: named for place, named in values if place.endswith("._target_")}
 
 
-@functools.cache
-def _values() -> dict[str, frozenset[str]]:
-    """What the files of `conf/` set in nodes that name a target, by place; an interpolation is no value."""
+@functools.lru_cache(maxsize=8)
+def _values(folders: tuple[Path, ...]) -> dict[str, frozenset[str]]:
+    """What the yaml files set in nodes that name a target, by place; an interpolation is no value."""
     found: dict[str, frozenset[str]] = {}
-    for path in sorted(folder().glob("*/*.yaml")):
+    for path in sorted(path for folder in folders for path in folder.glob("*/*.yaml")):
         text = path.read_text()
         file = OmegaConf.create(text.replace("${", "$<"))  # a file by itself has nothing that it could refer to
         prefix = "" if text.startswith("# @package _global_") else path.parent.name
@@ -151,40 +188,53 @@ def locate(target: str) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
-def mistakes(path: str, node: DictConfig) -> Iterator[str]:
+def mistakes(path: str, node: DictConfig) -> Iterator[Mistake]:
+    """What is wrong with a node's settings by the signature of what it names: names, types and bounds."""
     try:
         function = locate(str(node["_target_"]))
     except ConfigError as error:
-        yield f"{path}: {error}"
+        yield Mistake(path, f"{path}: {error}")
         return
-    parameters = inspect.signature(function).parameters
-    known = {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    parameters = _parameters(function)
     hints = hints_of(function)
     given = OmegaConf.to_container(node, resolve=True)
     assert isinstance(given, dict)
     if "_args_" in given:
-        yield f"{path}._args_: name the arguments of {node['_target_']}"
-    for name, value in given.items():
-        if str(name).startswith("_"):
-            continue
-        if name not in known:
-            yield f"{path}.{name!s} is unknown to {node['_target_']}; available options: {', '.join(known)}"
+        yield Mistake(path, f"{path}._args_: name the arguments of {node['_target_']}")
+    for name, value in ((str(name), value) for name, value in given.items() if not str(name).startswith("_")):
+        if name not in parameters:
+            options = ", ".join(parameters)
+            yield Mistake(path, f"{path}.{name} is unknown to {node['_target_']}; available options: {options}")
         elif name in hints and not _fits(value, hints[name]):
-            yield f"{path}.{name!s} must be {_plain(hints[name])}, got {value!r}"
-    needed = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
+            yield Mistake(f"{path}.{name}", f"{path}.{name} must be {_plain(hints[name])}, got {value!r}")
+        elif name in hints:
+            yield from outside(f"{path}.{name}", value, hints[name])
+    needed = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty and n not in given]
     if needed:
-        yield f"{path} lacks {', '.join(needed)} for {node['_target_']}"
+        yield Mistake(path, f"{path} lacks {', '.join(needed)} for {node['_target_']}")
 
 
-def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a function's arguments, with `Annotated`; without types that are imported for type checkers only."""
-    plain: Any = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
-    found: dict[str, Any] = {}
-    for name, hint in getattr(plain, "__annotations__", {}).items():
-        one = types.SimpleNamespace(__annotations__={name: hint})
-        with contextlib.suppress(NameError):  # imported under TYPE_CHECKING
-            found |= typing.get_type_hints(one, getattr(plain, "__globals__", {}), include_extras=True)
-    return found
+def settings_of(node: Any) -> dict[str, Any]:
+    """The settings of what a node names: as given, else by default. Raises ConfigError where it names nothing."""
+    given = typing.cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    defaults = _parameters(locate(str(given["_target_"]))).items()
+    return {name: given.get(name, p.default) for name, p in defaults if name in given or p.default is not p.empty}
+
+
+def beside(node: Any, name: str) -> Callable[..., Any] | None:
+    """The function of that name that is written in the file of what a node names, where there is one."""
+    module = str((node or {}).get("_target_", "")).rpartition(".")[0]
+    try:
+        function = locate(f"{module}.{name}")
+    except ConfigError:
+        return None
+    return function if inspect.isfunction(function) and function.__module__ == module else None
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that a setting can be given to."""
+    parameters = inspect.signature(function).parameters
+    return {n: p for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -200,4 +250,10 @@ def _is_node(value: Any) -> bool:
 
 
 def _plain(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    """A type as a person reads it, without what `Annotated` adds."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _plain(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("None" if one is type(None) else _plain(one) for one in arguments)
+    return hint.__name__ if inspect.isclass(hint) and not arguments else str(hint).replace("typing.", "")

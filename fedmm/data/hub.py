@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+# parameters: each is a setting of a yaml of conf/dataset/
 def classification(
     *,
     path: ReadPath,  # as datasets.load_dataset takes it: owner/name on the hub, or a folder

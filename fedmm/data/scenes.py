@@ -40,7 +40,8 @@ _BANK = 3000
 """Open digits bent for one public split at most (0.5 s on one core); beyond it they are drawn again."""
 
 
-def scenes(  # more than eight parameters: they are the settings of dataset=scenes, each by its name
+# parameters: each is a setting of conf/dataset/scenes*.yaml
+def scenes(
     *,
     seed: int = 0,
     train: int = 1500,

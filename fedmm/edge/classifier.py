@@ -2,8 +2,7 @@
 
     logits = head(mean over the map of trunk(image))          averaged over the sets that act
 
-To methods, rules and evaluation it is a model like any other: its answer is one position, its vocabulary the names. It
-is trained whole.
+To methods and evaluation it is a model like any other (`fedmm.model.ClassifierModel`). It is trained whole.
 Source: MLLM-FL 2024, whose clients train ResNets.
 """
 
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedmm.edge import compact
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
-from fedmm.losses import Mutual, branch_losses
-from fedmm.types import Batch, Embeds, Example, Squares, State, TokenTerm
+from fedmm.types import Batch, Example, State
 
 
 class Net(nn.Module):
@@ -43,7 +41,7 @@ class Net(nn.Module):
 
 
 class Classifier(Edge):
-    """Sets of whole networks. What enters the LLM, which is none, are the logits: one position a sample."""
+    """Sets of whole networks, each with its head."""
 
     def __init__(
         self, plan: compact.Plan, classes: int, *, sets: Sequence[str] = ("shared",), retrained: bool = False
@@ -54,10 +52,6 @@ class Classifier(Edge):
     @property
     def sets(self) -> Sequence[str]:
         return tuple(self.nets)
-
-    @property
-    def terms_only(self) -> bool:
-        return False
 
     def net(self, name: str = "shared") -> Net:
         return cast(Net, self.nets[name])
@@ -72,54 +66,16 @@ class Classifier(Edge):
         if net.retrained is not None:
             net.retrained.load_state_dict(net.head.state_dict())
 
-    def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
-        return [Embeds.whole(self._logits(batch, use)[:, None]) for use in uses]
-
-    def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
-        return []
-
     def fold(self, state: State, scale: float) -> None:
         if any(name.endswith(".folded") for name in state):
             raise ValueError("rule=stack folds NanoAdapters, a classifier has none; choose another rule")
 
-    def _logits(self, batch: Batch, use: Sequence[str]) -> Float[Tensor, "B C"]:
+    def logits(self, batch: Batch, use: Sequence[str]) -> Float[Tensor, "B C"]:
+        """The mean over the acting sets."""
         assert batch.pixels is not None, "a classifier takes pixels"
         nets = [self.net(name) for name in use]
         logits = [(net.retrained or net.head)(net(batch.pixels)) for net in nets]
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
-
-
-class NoLLM:
-    """What stands in the LLM's place behind a classifier: the embeddings are the logits already."""
-
-    def __call__(
-        self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], keep_BA: Int[Tensor, "B A"]
-    ) -> Float[Tensor, "B A V"]:
-        return embeds.dense()
-
-    def losses(
-        self,
-        branches: Sequence[Embeds],
-        mask_BT: Bool[Tensor, "B T"],
-        keep_BA: Int[Tensor, "B A"],
-        labels_BA: Int[Tensor, "B A"],
-        mutual: Mutual | None = None,
-    ) -> tuple[Float[Tensor, ""], ...]:
-        return branch_losses([embeds.dense() for embeds in branches], labels_BA, mutual)
-
-    def squares(
-        self,
-        embeds: Embeds,
-        mask_BT: Bool[Tensor, "B T"],
-        keep_BA: Int[Tensor, "B A"],
-        labels_BA: Int[Tensor, "B A"],
-    ) -> Squares:
-        raise AssertionError("a classifier has no low-rank terms; its squares are taken a sample at a time")
-
-    def generate(
-        self, embeds: Embeds, mask_BT: Bool[Tensor, "B T"], terms: Sequence[TokenTerm], max_tokens: int
-    ) -> Int[Tensor, "B N"]:
-        return embeds.dense().argmax(-1)
 
 
 @dataclass(frozen=True)

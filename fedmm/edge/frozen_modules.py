@@ -6,12 +6,13 @@ needs neither a model hub nor the LLM. Its hash names it, at the host, on the li
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,11 +103,27 @@ def stop_tokens(model: LlavaForConditionalGeneration) -> list[int]:
     return list(ends) if isinstance(ends, list) else [ends]
 
 
+@dataclass(frozen=True)
+class Base:
+    """What all clients of a backbone have alike and no client changes, so that clients of one process can share one."""
+
+    connector: Connector
+    table: Table
+    processor: Processor
+
+
+def base(parts: Mapping[str, torch.Tensor], table: Table | None = None) -> Base:
+    """The base from what `take` gave; `table` is another way to the rows of its token table."""
+    connector, table_VD = build_base(parts)
+    return Base(connector, table_VD if table is None else table, _processor(parts))
+
+
+# parameters: what an edge is made of; NanoEdge takes the same, and a record between them would say it twice
 def build(
     parts: Mapping[str, torch.Tensor],
     *,
     encoder: bool = True,
-    table: Table | None = None,
+    shared: Base | None = None,
     sets: Sequence[str] = ("shared",),
     rank: int = 16,
     alpha: float = 32.0,
@@ -116,15 +133,15 @@ def build(
 ) -> tuple[NanoEdge, Processor]:
     """A NanoEdge, with its encoder or without, and its processor from what `take` gave. Raises ValueError for others.
 
-    The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored, and is looked up, in
-    `table` where that is another way to the same rows.
+    The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored. They are built anew
+    unless `shared` has them; LoRA goes into a copy of its connector.
     """
-    built, (connector, table_VD) = build_encoder(parts) if encoder else None, build_base(parts)
-    table = table_VD if table is None else table
+    tower, own = build_encoder(parts) if encoder else None, shared or base(parts)
+    connector = copy.deepcopy(own.connector) if lora else own.connector
     edge = NanoEdge(
-        built, connector, table, sets=sets, rank=rank, alpha=alpha, own_rank=own_rank, lora=lora, decoder=decoder
+        tower, connector, own.table, sets=sets, rank=rank, alpha=alpha, own_rank=own_rank, lora=lora, decoder=decoder
     )
-    return edge, _processor(parts)
+    return edge, own.processor
 
 
 def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:

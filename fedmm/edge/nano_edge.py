@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from fedmm.adapters import inner
@@ -44,6 +44,7 @@ class NanoEdge(Edge):
     adapters of the same sets lie inside them: `forward` lets the named ones act there too, for the pass that follows.
     """
 
+    # parameters: what an edge is made of, each named at its one place of use
     def __init__(
         self,
         encoder: nn.Module | None,
@@ -77,6 +78,10 @@ class NanoEdge(Edge):
     def fold(self, state: State, scale: float) -> None:
         """Put what `rule=stack` folded under the adapters; once, for it is not taken out again."""
         self.connector, self.table_VD = base_of(self.connector, self.table_VD, state, scale)
+
+    def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
+        """What enters the LLM with the named sets acting together, each with weight 1 / len(use)."""
+        return self.branches(batch, [use])[0], batch.mask_BT
 
     def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
         """Embeddings of one batch with one choice of sets after another; they share their base where it is frozen."""
@@ -120,6 +125,7 @@ class NanoEdge(Edge):
 
     @property
     def terms_only(self) -> bool:
+        """Whether what trains is low-rank terms at the LLM's input, and what lies before them: it can form a Fisher."""
         return self.decoder is None
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:

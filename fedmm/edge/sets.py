@@ -6,25 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from fedmm.adapters.schema import fits
-from fedmm.types import Batch, Embeds, State, TokenTerm
+from fedmm.types import State
 
 
 class Edge(nn.Module, ABC):
-    """The part of a model that a client runs: a NanoEdge before an LLM, or a classifier, which needs none."""
+    """The part of a model that a client runs: a NanoEdge before an LLM, or a classifier."""
 
     @property
     @abstractmethod
     def sets(self) -> Sequence[str]:
         """The names of the sets."""
-
-    @property
-    @abstractmethod
-    def terms_only(self) -> bool:
-        """Whether what trains is low-rank terms at the LLM's input, and what lies before them: it can form a Fisher."""
 
     @abstractmethod
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
@@ -35,20 +29,8 @@ class Edge(nn.Module, ABC):
         """Start one set, from `generator` alone."""
 
     @abstractmethod
-    def branches(self, batch: Batch, uses: Sequence[Sequence[str]]) -> list[Embeds]:
-        """What enters the LLM, with one choice of sets after another."""
-
-    @abstractmethod
-    def token_terms(self, use: Sequence[str] = ("shared",)) -> list[TokenTerm]:
-        """The text adapters in use, as `generate` takes them along."""
-
-    @abstractmethod
     def fold(self, state: State, scale: float) -> None:
         """Put what `rule=stack` folded under the adapters; once, for it is not taken out again."""
-
-    def forward(self, batch: Batch, use: Sequence[str] = ("shared",)) -> tuple[Embeds, Bool[Tensor, "B T"]]:
-        """What enters the LLM with the named sets acting together, each with weight 1 / len(use)."""
-        return self.branches(batch, [use])[0], batch.mask_BT
 
     def named(self) -> dict[str, nn.Parameter]:
         """The parameters of all sets, each under its name with its set in front."""

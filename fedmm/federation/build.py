@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -16,25 +16,27 @@ from fedmm import seeds
 from fedmm.adapters import schema as schemas
 from fedmm.adapters.nano import cut
 from fedmm.codecs import Codecs
-from fedmm.config.derived import own_rank
+from fedmm.config.derived import at_client, own_rank, privacy
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import rank
 from fedmm.edge import frozen_modules
-from fedmm.edge.base import Table
-from fedmm.edge.classifier import Classes, Classifier, NoLLM
+from fedmm.edge.classifier import Classes, Classifier
 from fedmm.edge.encoder import CachedEncoder
 from fedmm.edge.folding import unfolded
 from fedmm.edge.nano_edge import Lora, NanoEdge
 from fedmm.edge.prepare import Processor, prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
+from fedmm.link.remote import RemoteLLM, Session
 from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import ClassifierModel, Model, SplitModel
 from fedmm.storage import machine_cache
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Example, State
+
+Dataset = Callable[[], dict[str, Sequence[Example]]]
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,7 @@ def whole(cfg: Config) -> Whole:
 def for_arm(cfg: Config, held: Whole, compact: State | None) -> Whole:
     """What an arm makes of the backbone that all arms share: its card names the classes of a classifier, or the values
     of a compact encoder stand in the place of its own."""
-    if cfg.head == "classes":
-        return replace(held, card=held.card | {"classes": class_names(cfg)})
-    if compact is None:
-        return held
-    parts = frozen_modules.with_compact(held.parts, make(cfg.compact), compact)
-    return replace(held, parts=parts, card=frozen_modules.describe(held.backbone.model, parts, held.backbone.prompt))
+    return head_of(cfg).of_arm(held, compact)
 
 
 def held_parts(cfg: Config, client: int) -> list[int]:
@@ -69,7 +66,7 @@ def held_parts(cfg: Config, client: int) -> list[int]:
 
 def splits(cfg: Config) -> dict[str, Sequence[Example]]:
     """The examples this machine can see, by split."""
-    return _splits(OmegaConf.to_yaml(cfg.dataset))
+    return _splits(make(cfg.dataset))
 
 
 def partition(cfg: Config, split: str) -> list[list[int]]:
@@ -78,7 +75,7 @@ def partition(cfg: Config, split: str) -> list[list[int]]:
 
     Raises ValueError where the split cannot be divided so.
     """
-    return _partition(OmegaConf.to_yaml(cfg.dataset), OmegaConf.to_yaml(cfg.partition), cfg.clients, cfg.seed, split)
+    return _partition(make(cfg.dataset), make(cfg.partition), cfg.clients, cfg.seed, split)
 
 
 def class_counts(cfg: Config) -> dict[str, int]:
@@ -126,7 +123,7 @@ def build_edge(
     *,
     client: int | None = None,
     encoder: bool = True,
-    table: Table | None = None,
+    shared: frozen_modules.Base | None = None,
     decoder: nn.Module | None = None,
 ) -> tuple[NanoEdge, Processor]:
     """The NanoEdge that `cfg` asks for from the frozen parts of the host: the server's own, or a client's.
@@ -141,7 +138,7 @@ def build_edge(
     return frozen_modules.build(
         parts,
         encoder=encoder,
-        table=table,
+        shared=shared,
         sets=tuple(cfg.method.sets),
         rank=cfg.edge.rank,
         alpha=cfg.edge.alpha,
@@ -153,12 +150,12 @@ def build_edge(
 
 def local_model(
     cfg: Config, held: Whole, *, client: int | None = None, encoder: bool = True
-) -> tuple[Model, Processor]:
+) -> tuple[SplitModel, Processor]:
     """The model that `cfg` asks for with its LLM in this process, in modules of its own on the backbone's tensors."""
     llava = twin(held.backbone.model)
     edge, processor = build_edge(cfg, held.parts, client=client, encoder=encoder, decoder=llava.model.language_model)
     llm = LocalLLM(llava, checkpointing=held.backbone.checkpointing, inner=edge.inner)
-    return Model(edge, llm, cfg.link.loss), processor
+    return SplitModel(edge, llm, cfg.link.loss), processor
 
 
 @dataclass(frozen=True)
@@ -171,14 +168,6 @@ class Built:
     encoder: CachedEncoder | None = None
 
 
-def classifier(cfg: Config, names: Sequence[str]) -> Built:
-    """What `head=classes` asks for: the compact network, whole, with a head over these names."""
-    plan = make(cfg.compact)
-    edge = Classifier(plan, len(names), sets=tuple(cfg.method.sets), retrained=cfg.method.retrained)
-    classes = Classes(tuple(names), plan.side)
-    return Built(Model(edge, NoLLM()), classes.prepare, classes)
-
-
 def class_names(cfg: Config) -> list[str]:
     """The classes a classifier tells apart, in one order for everybody: numbers as numbers, before words."""
     return list(cfg.classes) if cfg.classes is not None else answers_of(splits(cfg)["train"])
@@ -189,27 +178,145 @@ def answers_of(examples: Sequence[Example]) -> list[str]:
     return sorted({example.answer for example in examples}, key=rank)
 
 
+def local_llm(model: Model) -> LocalLLM | None:
+    """The LLM of a model, where it is in this process."""
+    return model.llm if isinstance(model, SplitModel) and isinstance(model.llm, LocalLLM) else None
+
+
 def server_model(cfg: Config, held: Whole) -> Built:
     """The model that an arm's clients train, whole, in this process."""
-    if cfg.head == "classes":
-        return classifier(cfg, held.card["classes"])
-    encoder = cached_encoder(cfg, held.parts, held.card["edge"])
-    model, processor = local_model(cfg, held, encoder=encoder is None)
-    return of_llm(model, processor, held.card["prompt"], encoder)
+    return head_of(cfg).at_server(held)
 
 
-def of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEncoder | None) -> Built:
+def server_edge(cfg: Config, held: Whole) -> Edge:
+    """What holds the server's own copy of what clients train, without what it is not needed for."""
+    return head_of(cfg).server_edge(held)
+
+
+@runtime_checkable
+class Head(Protocol):
+    """Who answers in a run: an LLM, or a classifier over class names. All that differs by it is here."""
+
+    def of_arm(self, held: Whole, compact: State | None) -> Whole:
+        """The backbone as the arm's clients see it."""
+
+    def at_server(self, held: Whole) -> Built:
+        """The clients' model, whole, in the server's process."""
+
+    def server_edge(self, held: Whole) -> Edge:
+        """Of that model what trains."""
+
+    def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
+        """The model that a client runs, as far as it does. Raises ValueError where it is not the server's."""
+
+    def frozen_parameters(self, card: dict[str, Any]) -> int:
+        """What a client holds and does not train."""
+
+
+def head_of(cfg: Config) -> Head:
+    return _Classes(cfg) if cfg.head == "classes" else _LLM(cfg)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The compact network is the whole model."""
+
+    cfg: Config
+
+    def of_arm(self, held: Whole, compact: State | None) -> Whole:
+        return replace(held, card=held.card | {"classes": class_names(self.cfg)})
+
+    def at_server(self, held: Whole) -> Built:
+        return self._built(held.card["classes"])
+
+    def server_edge(self, held: Whole) -> Edge:
+        return self._built(held.card["classes"]).model.edge
+
+    def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
+        return self._built(card["classes"])
+
+    def frozen_parameters(self, card: dict[str, Any]) -> int:
+        return 0
+
+    def _built(self, names: Sequence[str]) -> Built:
+        method, plan = self.cfg.method, make(self.cfg.compact)
+        edge = Classifier(plan, len(names), sets=tuple(method.sets), retrained=method.retrained)
+        classes = Classes(tuple(names), plan.side)
+        return Built(ClassifierModel(edge), classes.prepare, classes)
+
+
+@dataclass(frozen=True)
+class _LLM:
+    """The LLM is at the host, and a client runs an edge before it; or, with `llm.where=client`, it is at both."""
+
+    cfg: Config
+
+    def of_arm(self, held: Whole, compact: State | None) -> Whole:
+        if compact is None:
+            return held
+        parts = frozen_modules.with_compact(held.parts, make(self.cfg.compact), compact)
+        card = frozen_modules.describe(held.backbone.model, parts, held.backbone.prompt)
+        return replace(held, parts=parts, card=card)
+
+    def at_server(self, held: Whole) -> Built:
+        encoder = cached_encoder(self.cfg, held.parts, held.card["edge"])
+        model, processor = local_model(self.cfg, held, encoder=encoder is None)
+        return _of_llm(model, processor, held.card["prompt"], encoder)
+
+    def server_edge(self, held: Whole) -> Edge:
+        decoder = twin(held.backbone.model).model.language_model if self.cfg.inner else None
+        return build_edge(self.cfg, held.parts, encoder=bool(self.cfg.edge.lora.rank), decoder=decoder)[0]
+
+    def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
+        if at_client(self.cfg):
+            return self._whole(card, client)
+        parts = _parts(session, card["edge"])
+        encoder = cached_encoder(self.cfg, parts, card["edge"])
+        shared = _base(card["edge"], machine_cache.home())
+        edge, processor = build_edge(self.cfg, parts, client=client, encoder=encoder is None, shared=shared)
+        link, leaves = self.cfg.link, privacy(self.cfg)
+        codecs = Codecs(link.codec.features, link.codec.h, link.codec.gradients, link.codec.logits)
+        llm = RemoteLLM(session, encoding=link.encoding, cache=link.cache, privacy=leaves, codecs=codecs)
+        model = SplitModel(edge, llm, link.loss, leaves, card["stop_tokens"])
+        return _of_llm(model, processor, card["prompt"], encoder)
+
+    def frozen_parameters(self, card: dict[str, Any]) -> int:
+        return int(card["model_parameters" if at_client(self.cfg) else "edge_parameters"])
+
+    def _whole(self, card: dict[str, Any], client: int) -> Built:
+        """The model with its LLM in this process."""
+        held = whole(self.cfg)
+        if held.card != card:
+            odd = sorted(key for key in held.card | card if held.card.get(key) != card.get(key))
+            raise ValueError(
+                f"this client's backbone is not the server's: {odd} differ; use the same llm.* files at both"
+            )
+        encoder = cached_encoder(self.cfg, held.parts, card["edge"])
+        model, processor = local_model(self.cfg, held, client=client, encoder=encoder is None)
+        return _of_llm(model, processor, card["prompt"], encoder)
+
+
+def _of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEncoder | None) -> Built:
     """A model that an LLM answers for, and its prompt."""
     ready = functools.partial(prepare, processor=processor, prompt=prompt, encoder=encoder)
     return Built(model, ready, processor.tokenizer, encoder)
 
 
-def server_edge(cfg: Config, held: Whole) -> Edge:
-    """What holds the server's own copy of what clients train, without what it is not needed for."""
-    if cfg.head == "classes":
-        return classifier(cfg, held.card["classes"]).model.edge
-    decoder = twin(held.backbone.model).model.language_model if cfg.inner else None
-    return build_edge(cfg, held.parts, encoder=bool(cfg.edge.lora.rank), decoder=decoder)[0]
+def _parts(session: Session, digest: str) -> machine_cache.Mapped:
+    """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
+    if machine_cache.load_parts(digest) is None:
+        machine_cache.save_parts(digest, dict(session.call("edge").tensors))
+    parts = machine_cache.load_parts(digest)
+    assert parts is not None
+    return parts
+
+
+@functools.lru_cache(maxsize=2)  # for all clients of a process and a backbone; it holds nothing of theirs
+def _base(digest: str, home: Path) -> frozen_modules.Base:
+    """What clients of the backbone with this hash have alike; its frozen parts are in this FEDMM_HOME."""
+    parts = machine_cache.load_parts(digest)
+    assert parts is not None
+    return frozen_modules.base(parts, parts.rows("table"))
 
 
 def cached_encoder(
@@ -241,12 +348,13 @@ def _whole(llm_yaml: str) -> Whole:
 
 
 @functools.lru_cache(maxsize=4)
-def _splits(dataset_yaml: str) -> dict[str, Sequence[Example]]:
-    return make(OmegaConf.create(dataset_yaml))()
+def _splits(dataset: Dataset) -> dict[str, Sequence[Example]]:
+    return dataset()
 
 
 @functools.lru_cache(maxsize=8)  # of VQAv2 a deal takes seconds
-def _partition(dataset_yaml: str, partition_yaml: str, clients: int, seed: int, split: str) -> list[list[int]]:
-    made, generator = _splits(dataset_yaml), seeds.generator(seed, "partition")
-    deal = make(OmegaConf.create(partition_yaml))
+def _partition(
+    dataset: Dataset, deal: Callable[..., list[list[int]]], clients: int, seed: int, split: str
+) -> list[list[int]]:
+    made, generator = _splits(dataset), seeds.generator(seed, "partition")
     return deal(made[split], clients, generator, trained=made.get("train") or None)

@@ -8,15 +8,13 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from fedmm import tree
 from fedmm.adapters import schema as schemas
-from fedmm.codecs import Codecs
 from fedmm.config.composition import compose
-from fedmm.config.derived import at_client, private_sets, scale
+from fedmm.config.derived import scale
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import Some
@@ -24,25 +22,11 @@ from fedmm.edge.folding import unfolded
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.evaluate.answers import Answer, answers
-from fedmm.federation.build import (
-    Built,
-    build_edge,
-    cached_encoder,
-    classifier,
-    held_parts,
-    initial_state,
-    local_model,
-    of_llm,
-    partition,
-    splits,
-    whole,
-)
+from fedmm.federation.build import Built, head_of, held_parts, initial_state, local_llm, partition, splits
 from fedmm.federation.claims import Claims
 from fedmm.federation.reasons import Lost, Reason, because
 from fedmm.link import messages, tls
-from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import Session
-from fedmm.llm.local import LocalLLM
 from fedmm.model import Model
 from fedmm.shown import one_line
 from fedmm.storage import machine_cache, memory
@@ -160,7 +144,8 @@ def take_part(order: Order) -> Report:
     ):
         card = dict(session.ask(messages.CardRequest()).card)
         with because(Reason.BACKBONE):
-            built = _built(cfg, card, order.client, session)
+            head = head_of(cfg)
+            built = head.at_client(card, order.client, session)
         model, edge, encoder = built.model, built.model.edge, built.encoder
         arrived = session.ask(messages.StateRequest()).tensors
         _load_sets(cfg, edge, order, arrived)
@@ -191,52 +176,12 @@ def take_part(order: Order) -> Report:
             "score_seconds": scored - encoded,
             "link_seconds": session.wait_seconds,
             "peak_rss_bytes": float(memory.peak_rss_bytes()),
-            "edge_parameters": float(_frozen_parameters(cfg, card)),
+            "edge_parameters": float(head.frozen_parameters(card)),
             "trained_parameters": float(sum(p.numel() for n in edge.sets for p in edge.trainable(n).values())),
         }
-        if isinstance(model.llm, LocalLLM):
-            metrics["llm_samples"] = float(model.llm.samples)
+        if llm := local_llm(model):
+            metrics["llm_samples"] = float(llm.samples)
     return Report(order.client, order.round, scores, said, metrics)
-
-
-def _built(cfg: Config, card: dict[str, Any], client: int, session: Session) -> Built:
-    """The model this client runs, as far as it does."""
-    if cfg.head == "classes":
-        return classifier(cfg, card["classes"])
-    if at_client(cfg):
-        return _whole_model(cfg, card, client)
-    return _split_model(cfg, card, client, session)
-
-
-def _frozen_parameters(cfg: Config, card: dict[str, Any]) -> int:
-    """What a client holds and does not train."""
-    if cfg.head == "classes":
-        return 0
-    return int(card["model_parameters" if at_client(cfg) else "edge_parameters"])
-
-
-def _split_model(cfg: Config, card: dict[str, Any], client: int, session: Session) -> Built:
-    """The model with its LLM across the link, and its frozen parts from there."""
-    parts = _parts(session, card["edge"])
-    encoder = cached_encoder(cfg, parts, card["edge"])
-    edge, processor = build_edge(cfg, parts, client=client, encoder=encoder is None, table=parts.rows("table"))
-    codec = cfg.link.codec
-    codecs = Codecs(codec.features, codec.h, codec.gradients, codec.logits)
-    private = sorted(private_sets(cfg)) if cfg.link.local == "dense" else []
-    llm = RemoteLLM(session, encoding=cfg.link.encoding, cache=cfg.link.cache, private=private, codecs=codecs)
-    model = Model(edge, llm, cfg.link.loss, private, card["stop_tokens"])
-    return of_llm(model, processor, card["prompt"], encoder)
-
-
-def _whole_model(cfg: Config, card: dict[str, Any], client: int) -> Built:
-    """The model with its LLM in this process. Raises ValueError where it is not the server's."""
-    own = whole(cfg)
-    if own.card != card:
-        odd = sorted(key for key in own.card | card if own.card.get(key) != card.get(key))
-        raise ValueError(f"this client's backbone is not the server's: {odd} differ; use the same llm.* files at both")
-    encoder = cached_encoder(cfg, own.parts, card["edge"])
-    model, processor = local_model(cfg, own, client=client, encoder=encoder is None)
-    return of_llm(model, processor, card["prompt"], encoder)
 
 
 def _load_sets(cfg: Config, edge: Edge, order: Order, arrived: State) -> None:
@@ -276,7 +221,8 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
 
 def _train(cfg: Config, order: Order, session: Session, model: Model, items: list[Prepared]) -> dict[str, float]:
     schema = make(cfg.schema)
-    asked = model.llm.samples if isinstance(model.llm, LocalLLM) else 0
+    llm = local_llm(model)
+    before = llm.samples if llm else 0
     anchor = model.edge.state("shared") if "shared" in cfg.method.sets else {}
     trained = train(
         model,
@@ -318,19 +264,10 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
         "train_seconds": trained.seconds,
         "fisher_seconds": fisher_seconds,
     }
-    if isinstance(model.llm, LocalLLM):  # a report tells of scoring too, and may be lost where the update is not
-        metrics["llm_samples"] = float(model.llm.samples - asked)
+    if llm:  # a report tells of scoring too, and may be lost where the update is not
+        metrics["llm_samples"] = float(llm.samples - before)
     session.ask(messages.UpdateRequest.of(Update(order.client, delta, len(items), sure, metrics)))
     return metrics
-
-
-def _parts(session: Session, digest: str) -> machine_cache.Mapped:
-    """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
-    if machine_cache.load_parts(digest) is None:
-        machine_cache.save_parts(digest, session.ask(messages.EdgeRequest()).tensors)
-    parts = machine_cache.load_parts(digest)
-    assert parts is not None
-    return parts
 
 
 def _items(cfg: Config, built: Built, split: str, part: int) -> list[Prepared]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 
+from fedmm.bounds import Mistake
 from fedmm.config.derived import sessions
 from fedmm.config.settings import Config
 from fedmm.serving import door
@@ -22,13 +23,14 @@ def wanted(cfg: Config) -> int:
     return OTHERS + A_CLIENT * sessions(cfg) + door.connections(sessions(cfg))
 
 
-def mistakes(cfg: Config) -> Iterator[str]:
+def mistakes(cfg: Config) -> Iterator[Mistake]:
     """What to change where the system does not let this process open so many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and wanted(cfg) > hard:
-        yield (
+        yield Mistake(
+            "link.sessions",
             f"{sessions(cfg)} sessions need {wanted(cfg)} open files and connections, and this process may have "
-            f"{hard}; run `ulimit -n {wanted(cfg)}` before it, or lower link.sessions"
+            f"{hard}; run `ulimit -n {wanted(cfg)}` before it, or lower link.sessions",
         )
 
 

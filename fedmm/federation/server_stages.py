@@ -34,10 +34,10 @@ from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import Processor, collate, encode, prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.evaluate.answers import answers as answers_to
-from fedmm.federation.build import Whole, cached_encoder, initial_state, server_model, splits
+from fedmm.federation.build import Whole, cached_encoder, initial_state, local_llm, server_model, splits
 from fedmm.llm.loading import twin
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.runs.events import StageProgress, StateAligned
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.stages.align import Aligned, Teacher, tuned
@@ -183,8 +183,8 @@ class Alignment:
 
     def _samples(self) -> int:
         """What has gone through the LLM so far, for the MLLM's word and for the federated model's."""
-        llms = {self.model.llm, *((self._mllm.llm,) if self._mllm else ())}
-        return sum(llm.samples for llm in llms if isinstance(llm, LocalLLM))
+        llms = {local_llm(self.model), self._mllm.llm if self._mllm else None}
+        return sum(llm.samples for llm in llms if llm)
 
     def _word(
         self, own: Whole, examples: Sequence[Example], classes: Sequence[str] | None
@@ -262,7 +262,7 @@ def the_mllm(cfg: Config, held: Whole) -> MLLM:
         return items if cached else encode(edge, items)
 
     assert edge.encoder is not None
-    return MLLM(Model(edge, llm), processor, llm, edge.encoder, ready)
+    return MLLM(SplitModel(edge, llm), processor, llm, edge.encoder, ready)
 
 
 def check_stages(cfg: Config) -> None:

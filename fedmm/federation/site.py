@@ -4,6 +4,7 @@
                           Everything in it may become questions and answers of a run, so put nothing else there
     FEDMM_ALLOW_HUB       1: an order may name the public datasets and models that conf/ names; they are downloaded
     FEDMM_ALLOW_TARGETS   functions of the site's own that an order may name (fedmm/config/targets.py)
+    FEDMM_CONF            folders of yaml files of the site's own, whose functions an order may name where they do
     FEDMM_ALLOW_TEXTS     1: answers, the truths beside them and examples' ids may go to the server
     FEDMM_REQUIRE         settings an order must have, separated by spaces: "link.local=dense link.tls=always"
 
@@ -56,7 +57,7 @@ class Site:
     def admit(self, order: Order) -> None:
         """Let an order in. Raises Lost with the reason before any data are opened or any target is made."""
         with because(Reason.SETTINGS):
-            cfg = load(order.overrides, rehearse=False)  # the server has rehearsed its rule
+            cfg = load(order.overrides, of_client=True)
         if mistakes := list(self._misfits(order, cfg)):
             raise Lost(Reason.ORDER, "\n".join(mistakes), len(mistakes))
         if mistakes := [] if self.trusts_server else list(self._forbidden(cfg)):

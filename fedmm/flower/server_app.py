@@ -13,6 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import OmegaConf
 
+from fedmm.bounds import Mistake
 from fedmm.config import composition, settings
 from fedmm.config.settings import Config
 from fedmm.federation import descriptors
@@ -58,7 +59,7 @@ def plan(overrides: list[str]) -> list[Arm]:
         for name, asked in composition.arms(cfg, overrides)
     ]
     labels = [arm.cfg.label for arm in arms]
-    mistakes = dict.fromkeys(mistake for arm in arms for mistake in _mistakes(arm))
+    mistakes = dict.fromkeys(mistake.text for arm in arms for mistake in _mistakes(arm))
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         mistakes[f"two arms are called {twice[0]}; set label=... or take one out of compare"] = None
     if mistakes:
@@ -103,7 +104,10 @@ def _feature_store(cfg: Config, path: Path) -> Store:
     return Store(memory_bytes=memory_bytes, folder=path / "features", disk_bytes=disk_bytes, ephemeral=True)
 
 
-def _mistakes(arm: Arm) -> Iterator[str]:
+OF_DATA = ("dataset.", "partition.", "clients.", "evaluate.split.")  # what the data are made and divided by
+
+
+def _mistakes(arm: Arm) -> Iterator[Mistake]:
     """What is wrong with one arm; every split is divided once, to see that it can be."""
     found = list(composition.check(arm.cfg))
     yield from found
@@ -112,18 +116,17 @@ def _mistakes(arm: Arm) -> Iterator[str]:
     try:
         check_folder(arm.folder, OmegaConf.to_yaml(arm.cfg))
     except ValueError as error:
-        yield str(error)
+        yield Mistake("run.dir", str(error))
     try:
-        if arm.cfg.run.has_data and not any(
-            mistake.startswith(("dataset", "partition", "clients ", "evaluate.split")) for mistake in found
-        ):
+        if arm.cfg.run.has_data and not any(f"{mistake.path}.".startswith(OF_DATA) for mistake in found):
             made = splits(arm.cfg)
             if not made.get(arm.cfg.evaluate.split):
                 has = ", ".join(split for split, examples in made.items() if examples)
-                yield f"evaluate.split={arm.cfg.evaluate.split} is empty or not there; the dataset has {has}"
+                empty = f"evaluate.split={arm.cfg.evaluate.split} is empty or not there; the dataset has {has}"
+                yield Mistake("evaluate.split", empty)
             check_stages(arm.cfg)
             for split in ("train", arm.cfg.evaluate.split):
                 if made.get(split):
                     partition(arm.cfg, split)
     except ValueError as error:
-        yield str(error)
+        yield Mistake("dataset", str(error))

@@ -35,7 +35,7 @@ class RemoteLLM:
 
     With `encoding` factored a step carries names of its samples' features, h and B of each low-rank term, and brings
     their gradients back; `dense` carries embeddings and theirs. With `cache` none features go up with every step. Where
-    a set of adapters named in `private` acts, a step is dense, so that nothing of that set leaves.
+    a private set of adapters acts, a step is dense, so that nothing of that set leaves.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class RemoteLLM:
         *,
         encoding: str = "factored",
         cache: str = "run",
-        private: Sequence[str] = (),
+        privacy: Privacy = EVERYTHING_MAY_LEAVE,
         codecs: Codecs = PLAIN,
     ) -> None:
         self._session = session
-        self._encoding, self._cache, self._private, self._codecs = encoding, cache, private, codecs
+        self._encoding, self._cache, self._privacy, self._codecs = encoding, cache, privacy, codecs
         self._steps = itertools.count()
         self._warned = False
         self._held: set[str] = set()  # keys of features that the host has said it holds
@@ -115,7 +115,7 @@ class RemoteLLM:
         if trained and self._encoding == "factored" and not self._warned:
             log.warning("edge.lora trains in front of the LLM, so image positions change each step: they go whole")
             self._warned = True
-        private = any(term.name.split(".")[0] in self._private for embeds in branches for term in embeds.terms)
+        private = self._privacy.covers(term.name for embeds in branches for term in embeds.terms)
         if self._encoding == "dense" or private or source is None or (trained and len(branches) > 1):
             return _outgoing(DenseStep(mask_BT, tuple(embeds.dense() for embeds in branches)))
         return _factored(branches, mask_BT, source, named=self._cache == "run")

@@ -11,12 +11,14 @@ Source: Ren et al. 2020 (balanced softmax); Menon et al. 2021 (the logit-adjuste
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedmm.bounds import Gt, NotNegative
 from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.model import Model
@@ -46,8 +48,8 @@ def logit_adjustment(
     step: Step,
     *,
     use: Sequence[str] = ("shared",),
-    tau: float = 1.0,
-    smoothing: float = 1.0,  # add-one; with none, a class that the client lacks would be as for balanced softmax
+    tau: Annotated[float, Gt(0)] = 1.0,
+    smoothing: NotNegative = 1.0,  # add-one; with none, a class that the client lacks would be as for balanced softmax
 ) -> Iterator[Tensor]:
     """Cross-entropy of `z + tau log pi`, where no class is impossible.
 
@@ -55,11 +57,6 @@ def logit_adjustment(
     absent one stays in the softmax and is still pushed down, by less than it would be without adjustment. With
     `smoothing=0` and `tau=1` it is balanced softmax.
     """
-    if smoothing < 0 or tau <= 0:
-        raise ValueError(
-            f"logit adjustment has tau={tau:g}, smoothing={smoothing:g}; set method.step.tau above 0 (method=lora is "
-            "without adjustment) and method.step.smoothing to 0 or more"
-        )
     logits_BAV = model(batch, use)
     smooth_AV = _places(step, logits_BAV) + smoothing
     yield _loss(logits_BAV, batch, tau * (smooth_AV / smooth_AV.sum(-1, keepdim=True)).log())

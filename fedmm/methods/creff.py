@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fedmm.adapters.schema import Schema
+from fedmm.aggregate.creff import Retrained
+from fedmm.bounds import Mistake
 from fedmm.edge.classifier import Classifier
 from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
@@ -56,3 +58,9 @@ def creff(model: Model, batch: Batch, step: Step) -> Iterator[Tensor]:
     assert isinstance(model.edge, Classifier) and batch.pixels is not None
     net = model.edge.net()
     yield answer_cross_entropy(net.head(net(batch.pixels))[:, None], batch.labels_BA)
+
+
+def check(sets: Sequence[str], merges: object) -> Iterator[Mistake]:
+    """The second head needs the rule that trains it."""
+    if merges != Retrained:
+        yield Mistake("rule", "method.retrained answers by a head that rule=creff alone trains; set rule=creff")

@@ -12,24 +12,27 @@ sums (`share: 0.5`); that the paper ramps alpha and beta up is followed by `ramp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 from torch import Tensor
 
+from fedmm.bounds import Ge, Mistake, NotNegative
 from fedmm.losses import Mutual
 from fedmm.model import Model
 from fedmm.types import Batch, Step
 
 
+# parameters: each after * is a setting of conf/method/feddat.yaml
 def feddat(
     model: Model,
     batch: Batch,
     step: Step,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    temperature: float = 3.0,
-    ramp: float = 0.0,
-    share: float = 1.0,
+    alpha: NotNegative = 1.0,
+    beta: NotNegative = 1.0,
+    temperature: Annotated[float, Ge(0.01)] = 3.0,
+    ramp: NotNegative = 0.0,
+    share: NotNegative = 1.0,
     teacher: Sequence[str] = ("local", "frozen"),
     student: Sequence[str] = ("shared",),
 ) -> Iterator[Tensor]:
@@ -39,6 +42,17 @@ def feddat(
     of_teacher, of_student = model.losses(batch, (teacher, student), mutual)
     yield share * of_student
     yield share * of_teacher
+
+
+def check(sets: Sequence[str], merges: object, *, teacher: Sequence[str], student: Sequence[str]) -> Iterator[Mistake]:
+    """What the first branch trains must not be in the second one's graph."""
+    if both := sorted({*teacher} & {*student} - {"frozen"}):
+        yield Mistake(
+            "method.step.teacher",
+            f"method.step.teacher={list(teacher)} and method.step.student={list(student)} both train {both[0]}, which "
+            "the first step would change under the second; name it in one of them: local in the one, shared in the "
+            "other",
+        )
 
 
 def progress(step: Step) -> float:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fedmm import tree
+from fedmm.bounds import Count
 from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.methods.lora import lora
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.types import Batch, Embeds, Part, Squares, State, Step
 
 
@@ -40,7 +41,7 @@ def mean_of_squares(model: Model, items: Sequence[Prepared], step: Step) -> Stat
 
 
 def diagonal_fisher(
-    model: Model, items: Sequence[Prepared], step: Step, *, batch_size: int = 32, samples: int | None = None
+    model: Model, items: Sequence[Prepared], step: Step, *, batch_size: Count = 32, samples: Count | None = None
 ) -> State:
     """The diagonal Fisher at the trained adapters over `samples` of the client's examples (None: all), evenly spaced:
     a partition may leave them kind by kind.
@@ -53,7 +54,7 @@ def diagonal_fisher(
     total: State = {name: torch.zeros_like(parameter, device="cpu") for name, parameter in parameters.items()}
     if samples is not None and samples < len(items):
         items = [items[i * len(items) // samples] for i in range(samples)]
-    if not model.edge.terms_only:
+    if not (isinstance(model, SplitModel) and model.edge.terms_only):
         _add_singly(total, model, items)
         return tree.scale(total, 1 / len(items))
     for start in range(0, len(items), batch_size):
@@ -79,7 +80,7 @@ def _by_sample(packed_N: Tensor, part: Part, batch: Batch) -> tuple[Tensor, ...]
     return packed_N.split(torch.bincount(part.positions_N // T, minlength=B).tolist())
 
 
-def _add_inner(total: State, model: Model, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
+def _add_inner(total: State, model: SplitModel, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
     """Add the squares of what trains inside encoder and connector: each sample's graph is made and used alone."""
     inner = {
         name: p

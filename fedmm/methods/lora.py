@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedmm.bounds import Mistake, NotNegative
 from fedmm.model import Model
-from fedmm.types import Batch, Step
+from fedmm.types import Anchored, Batch, Step
 
 
 def lora(model: Model, batch: Batch, step: Step, *, use: Sequence[str] = ("shared",)) -> Iterator[Tensor]:
@@ -21,9 +22,9 @@ def fedprox(
     batch: Batch,
     step: Step,
     *,
-    mu: float = 0.01,
+    mu: NotNegative = 0.01,
     use: Sequence[str] = ("shared",),
-    near: Sequence[str] = ("shared",),
+    near: Anchored = ("shared",),
 ) -> Iterator[Tensor]:
     """Answer cross-entropy, and the sets `near` held near the received state, which is that of the shared set.
 
@@ -37,3 +38,13 @@ def fedprox(
         distance = sum((parameter - anchor.to(parameter)).pow(2).sum() for anchor, parameter in held)
         loss = loss + mu / 2 * torch.as_tensor(distance)
     yield loss
+
+
+def check(sets: Sequence[str], merges: object, *, near: Anchored = ()) -> Iterator[Mistake]:
+    """What is held near the received state needs that state."""
+    if near and "shared" not in sets:
+        yield Mistake(
+            "method.step.near",
+            f"method.step.near is held near what the server sent, and method.sets={list(sets)} has no shared; name it, "
+            "or set method=lora",
+        )

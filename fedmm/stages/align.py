@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fedmm import seeds
 from fedmm.adapters.schema import fits
+from fedmm.bounds import Count, Ge, NotNegative
 from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy, divergence
@@ -43,6 +45,7 @@ class Aligned:
     reason: str = ""  # why it stopped early
 
 
+# parameters: each after * is a setting of conf/align/; those before are what a stage is given
 def align(
     model: Model,
     state: State,
@@ -53,13 +56,13 @@ def align(
     round: int,
     *,
     trains: Sequence[str] = ("shared.*",),
-    steps: int = 60,
-    batch_size: int = 32,
-    lr: float = 1e-3,
-    beta: float = 1.0,
-    temperature: float = 2.0,
-    check_every: int = 10,
-    patience: int = 2,
+    steps: Count = 60,
+    batch_size: Count = 32,
+    lr: NotNegative = 1e-3,
+    beta: NotNegative = 1.0,
+    temperature: Annotated[float, Ge(0.01)] = 2.0,
+    check_every: Count = 10,
+    patience: Count = 2,
 ) -> Aligned:
     """Tune what `trains` names of `state`, and return the best of what was held against `held_out`.
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from fedmm import tree
+from fedmm.bounds import Count
 from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
@@ -50,7 +51,8 @@ class Captions:
     dropped: dict[str, int]
 
 
-def captions(  # more than eight parameters: behind `*` are the settings of captions, each by its name
+# parameters: each after * is a setting of conf/captions/; those before are what a stage is given
+def captions(
     model: Model,
     processor: Processor,
     prompt: str,
@@ -60,7 +62,7 @@ def captions(  # more than eight parameters: behind `*` are the settings of capt
     *,
     writer: Callable[[Model, Processor, str], Writer],
     prompts: Sequence[str],
-    chunk: int = 64,
+    chunk: Count = 64,
     min_words: int = 1,
     max_words: int = 60,
     repetition: float = 0.5,
@@ -144,7 +146,8 @@ def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64
     return Writer(f"own:{fingerprint(model, processor, prompt)[:16]}:{max_tokens}", say)
 
 
-def hub(  # more than eight parameters: behind `*` are the settings of captions.writer, each by its name
+# parameters: each after * is a setting of conf/captions/hub.yaml
+def hub(
     model: Model,
     processor: Processor,
     prompt: str,

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fedmm import tree
-from fedmm.edge.nano_edge import NanoEdge
 from fedmm.edge.prepare import Processor
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 
 
 def fingerprint(model: Model, processor: Processor, prompt: str) -> str:
     """A hash of all that the answers of the host's own LLM depend on, its adapters apart."""
-    assert isinstance(model.llm, LocalLLM) and isinstance(model.edge, NanoEdge), "the host's own LLM"
+    assert isinstance(model, SplitModel) and isinstance(model.llm, LocalLLM), "the host's own LLM"
     assert model.edge.encoder is not None, "and its encoder"
     adapters = {id(parameter) for parameter in model.edge.named().values()}
     modules = (model.edge.encoder, model.edge.connector, model.llm.decoder, model.llm.head)

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fedmm import seeds
+from fedmm.bounds import Count, Ge, NotNegative
 from fedmm.edge.compact import Compact
 from fedmm.edge.prepare import collate
 from fedmm.edge.prepared import Prepared
@@ -76,6 +77,7 @@ def losses(
     return model.answer_loss(replace(batch, features_MPE=blended_MPE, keys=None), ()), distance
 
 
+# parameters: each after * is a setting of conf/pretrain/; those before are what a stage is given
 def pretrain(
     compact: Compact,
     model: Model,
@@ -83,14 +85,14 @@ def pretrain(
     notes: Notes,
     seed: int,
     *,
-    steps: int = 1500,
-    batch_size: int = 64,
-    texts: int = 16,
-    lr: float = 4e-3,
-    text: float = 0.05,
+    steps: Count = 1500,
+    batch_size: Count = 64,
+    texts: Annotated[int, Ge(0)] = 16,
+    lr: NotNegative = 4e-3,
+    text: NotNegative = 0.05,
     schedule: Schedule = "linear",
     ramp: float = 1.0,
-    note_every: int = 100,
+    note_every: Count = 100,
 ) -> list[float]:
     """Train `compact` where it stands; the losses of the steps that were taken here. The last one is always noted.
 

@@ -25,7 +25,7 @@ from fedmm.llm.local import LocalLLM
 from fedmm.losses import Mutual, branch_losses
 from fedmm.methods.fednano import diagonal_fisher
 from fedmm.methods.lora import lora
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.train import train
 from fedmm.types import Step
 
@@ -53,11 +53,11 @@ def started(llava, kind, *, rank=0, checkpointing=False, moved=0.0, **options):
             parameter.data += moved * torch.randn(parameter.shape, generator=generator)
     edge.freeze_all_but(["shared.*", "local.*"])
     items = prepare(some_examples(6), processor, PROMPT)
-    return Model(edge, llm), items if options else encode(edge, items)
+    return SplitModel(edge, llm), items if options else encode(edge, items)
 
 
 def plain(llava):
-    return Model(frozen_modules.build(frozen_modules.take(*llava))[0], LocalLLM(twin(llava[0])))
+    return SplitModel(frozen_modules.build(frozen_modules.take(*llava))[0], LocalLLM(twin(llava[0])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +97,7 @@ def test_two_sets_of_lora_are_the_mean_of_both(llava):
             layer = by_hand.model.language_model.get_submodule(path)
             products = [own[name.replace("lora_A", "lora_B")] @ own[name] for own in (first, second)]
             layer.weight = torch.nn.Parameter(layer.weight + 2.0 * (products[0] + products[1]) / 2)
-    wanted = Model(plain(llava).edge, LocalLLM(by_hand))(batch)
+    wanted = SplitModel(plain(llava).edge, LocalLLM(by_hand))(batch)
     torch.testing.assert_close(model(batch, TEACHER), wanted, rtol=0, atol=1e-5)
     assert (model(batch, ("local",)) - wanted).abs().max() > 1e-3, "one of them alone is something else"
 
@@ -113,7 +113,7 @@ def test_two_bottlenecks_are_the_mean_of_both_outputs(llava):
 
     for i, layer in enumerate(by_hand.model.language_model.layers):
         layer.mlp.register_forward_hook(functools.partial(mean, i))
-    wanted = Model(plain(llava).edge, LocalLLM(by_hand))(batch)
+    wanted = SplitModel(plain(llava).edge, LocalLLM(by_hand))(batch)
     torch.testing.assert_close(model(batch, TEACHER), wanted, rtol=0, atol=1e-5)
     assert (model(batch, ("local",)) - wanted).abs().max() > 1e-3, "one of them alone is something else"
 
@@ -148,7 +148,7 @@ def test_the_llm_itself_never_changes(llava, kind):
 @pytest.mark.parametrize("loss_at", ["auto", "client"])
 def test_each_branch_has_its_own_adapters(llava, loss_at):
     model, items = started(llava, "lora", moved=0.1)
-    model = Model(model.edge, model.llm, loss_at)
+    model = SplitModel(model.edge, model.llm, loss_at)
     batch, mutual = collate(items), Mutual((1.0, 1.0), 3.0)
     wanted = branch_losses([model(batch, use) for use in (TEACHER, STUDENT)], batch.labels_BA, mutual)
     found = model.losses(batch, (TEACHER, STUDENT), mutual)
@@ -168,7 +168,7 @@ def test_the_fisher_is_that_of_the_split_model_where_both_have_it(llava, local_l
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     model.edge.load(model.edge.state() | split.state())
     step = Step(1, 1, 1, 1, {})
-    wanted, found = diagonal_fisher(Model(split, local_llm), items, step), diagonal_fisher(model, items, step)
+    wanted, found = diagonal_fisher(SplitModel(split, local_llm), items, step), diagonal_fisher(model, items, step)
     assert found.keys() == model.edge.trainable("shared").keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-9)
@@ -200,13 +200,13 @@ def test_lora_in_the_encoder_serves_several_sets_too(llava, local_llm):
             for parameter in built.trainable(name).values():
                 parameter.data += 0.05
         built.freeze_all_but(["shared.*", "local.*"])
-        return Model(built, llm), prepare(some_examples(6), processor, PROMPT)
+        return SplitModel(built, llm), prepare(some_examples(6), processor, PROMPT)
 
     near, items = model(local_llm)
     run(near, items)
     far, _ = model(local_llm)
     with served(llava, far.edge, local_llm) as (host, _), visiting(host) as session:
-        run(Model(far.edge, RemoteLLM(session)), items)
+        run(SplitModel(far.edge, RemoteLLM(session)), items)
     assert states(near) == states(far)
     written, _ = model(local_llm)
     written_out(written, items, 1.0, 1.0)

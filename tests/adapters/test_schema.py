@@ -21,7 +21,7 @@ from fedmm.link.session import HostRefused
 from fedmm.methods.feddpa import feddpa
 from fedmm.methods.feddpa import schema as feddpa_schema
 from fedmm.methods.lora import lora
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.runs import summary
 from fedmm.storage import machine_cache
 from fedmm.train import train
@@ -90,7 +90,7 @@ def test_training_moves_what_the_schema_says_to_the_bit_and_nothing_else(llava, 
                 parameter.add_(0.05)
         edge.freeze_all_but(schema(round, 2).trains)
         items = prepare(some_examples(6), processor, PROMPT)
-        before, model = edge.state(), Model(edge, local_llm)
+        before, model = edge.state(), SplitModel(edge, local_llm)
         train(model, items if rank else encode(edge, items), lora, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
               anchor=before, seed=0, round=round, rounds=2, client=0)  # fmt: skip
         moved = {key for key, tensor in edge.state().items() if not torch.equal(tensor, before[key])}
@@ -228,7 +228,7 @@ def test_feddpa_says_which_adapters_act(edge, local_llm, batch, monkeypatch):
     acting = []
     monkeypatch.setattr(Model, "answer_loss", lambda model, batch, use: (acting.append(use), torch.tensor(0.0))[1])
     for round in (1, 2, 3):
-        list(feddpa(Model(edge, local_llm), batch, Step(round, 3, 1, 1, {}), tune=1))
+        list(feddpa(SplitModel(edge, local_llm), batch, Step(round, 3, 1, 1, {}), tune=1))
     assert acting == [("shared",), ("shared",), ("shared", "local")]
     assert [feddpa_schema(round, 3).trains for round in (1, 2, 3)] == [("shared.*",), ("shared.*",), ("local.*",)]
 

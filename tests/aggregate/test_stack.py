@@ -17,7 +17,7 @@ from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.federation.export import export
 from fedmm.link.remote import RemoteLLM
 from fedmm.methods.fednano import diagonal_fisher
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.types import Step, Update
 
 RANKS, COUNTS = (1, 4, 2, 3), (1, 3, 2, 7)
@@ -136,7 +136,7 @@ def test_remote_is_local_to_the_bit(llava, edge, processor, local_llm, products,
     batch, prompts, step = collate(items), collate(items, answers=False), Step(1, 1, 1, 1, edge.state())
 
     def everything(llm):
-        model = Model(edge, llm)
+        model = SplitModel(edge, llm)
         logits = model(batch)
         model.answer_loss(batch).backward()
         fisher = diagonal_fisher(model, items, step)
@@ -153,7 +153,7 @@ def test_remote_is_local_to_the_bit(llava, edge, processor, local_llm, products,
             assert torch.equal(tensor, there[name]), name
         host.open_round(1, edge.state(), [0, 1])
         with visiting(host) as session:
-            other = Model(edge, RemoteLLM(session))(batch)
+            other = SplitModel(edge, RemoteLLM(session))(batch)
         assert encoding == "dense" or not torch.equal(other, here["logits"]), "a round without it starts from the parts"
 
 
@@ -168,7 +168,7 @@ def test_generated_tokens_pass_what_is_folded(llava, edge, local_llm, items, pro
         return out
 
     monkeypatch.setattr(local_llm, "_embed", watched)
-    Model(edge, local_llm).generate(collate(items, answers=False), max_tokens=3)
+    SplitModel(edge, local_llm).generate(collate(items, answers=False), max_tokens=3)
     token_B, out_BD = passed[0]
     x_BD = local_llm.decoder.embed_tokens(token_B)
     x_BD = x_BD + SCALE * x_BD @ products["text.folded"].T
@@ -188,7 +188,7 @@ def test_export_folds_it_before_the_adapters(llava_folder, edge, items, products
     batch = collate(items)
     bare, _ = frozen_modules.build({**frozen_modules.take(tuned, _processor(llava_folder))}, rank=4, alpha=8.0)
     bare.reset(seeds.generator(0, "test"))
-    wanted, found = Model(edge, local_llm)(batch), Model(bare, LocalLLM(tuned))(batch)
+    wanted, found = SplitModel(edge, local_llm)(batch), SplitModel(bare, LocalLLM(tuned))(batch)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

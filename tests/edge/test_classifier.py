@@ -18,11 +18,11 @@ from fedmm.config import composition, targets
 from fedmm.data.glyphs import handwriting
 from fedmm.data.scenes import Recipe, compose
 from fedmm.edge import compact
-from fedmm.edge.classifier import Classes, Classifier, NoLLM
+from fedmm.edge.classifier import Classes, Classifier
 from fedmm.edge.prepare import collate
 from fedmm.evaluate.answers import answers
 from fedmm.methods.creff import tell
-from fedmm.model import Model
+from fedmm.model import ClassifierModel
 from fedmm.train import train
 from fedmm.types import Update
 
@@ -56,7 +56,7 @@ def test_a_trunk_has_no_state_that_would_not_travel():
 
 
 def test_an_image_does_not_see_its_batch(items):
-    model = Model(built(), NoLLM())
+    model = ClassifierModel(built())
     whole = model(collate(items[:4]))
     for i, item in enumerate(items[:4]):
         torch.testing.assert_close(model(collate([item]))[0], whole[i])
@@ -81,14 +81,14 @@ def test_the_start_is_a_function_of_the_generator_alone():
 
 def test_sets_that_act_together_are_averaged(items):
     edge = built(("local", "frozen"))
-    model, batch = Model(edge, NoLLM()), collate(items[:3])
+    model, batch = ClassifierModel(edge), collate(items[:3])
     both = model(batch, ("local", "frozen"))
     torch.testing.assert_close(both, (model(batch, ("local",)) + model(batch, ("frozen",))) / 2)
 
 
 def test_it_answers_with_names(items, examples):
     classes = Classes(NAMES, PLAN.side)
-    model = Model(built(), NoLLM())
+    model = ClassifierModel(built())
     said = answers(model, items, classes, batch_size=5)
     assert [answer.truth for answer in said] == [example.answer for example in examples]
     assert [answer.said for answer in said] == [NAMES[i] for i in model(collate(items))[:, 0].argmax(-1)]
@@ -106,7 +106,7 @@ def test_every_method_trains_it(items, name):
     cfg = composition.compose([f"method={name}", "rule=mean"])
     edge = built(tuple(cfg.method.sets), cfg.method.retrained)
     edge.freeze_all_but(targets.make(cfg.schema)(2, 2).trains)
-    model, before = Model(edge, NoLLM()), {one: edge.state(one) for one in cfg.method.sets}
+    model, before = ClassifierModel(edge), {one: edge.state(one) for one in cfg.method.sets}
     anchor = before.get("shared", {})
     out = train(
         model,
@@ -145,7 +145,7 @@ def test_what_a_client_tells_is_each_class_gradient(items):
     """The closed form is autograd's, class by class, and a class that the client lacks has none."""
     edge = built(retrained=True)
     own = [item for item in items if item.truth in "012"]
-    tell(Model(edge, NoLLM()), own)
+    tell(ClassifierModel(edge), own)
     net = edge.net()
     for label in range(10):
         mine = [item for item in own if item.answer[0] == label]

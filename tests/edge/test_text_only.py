@@ -16,7 +16,7 @@ from fedmm.federation import build
 from fedmm.federation import client as client_side
 from fedmm.link.remote import RemoteLLM
 from fedmm.methods.fednano import diagonal_fisher
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Example, Step
 
@@ -82,7 +82,7 @@ def test_over_the_link_it_is_the_same_to_the_bit(llava, edge, processor, local_l
     step = Step(1, 1, 1, 1, edge.state())
 
     def everything(llm):
-        model = Model(edge, llm)
+        model = SplitModel(edge, llm)
         logits = model(batch)
         logits.pow(2).mean().backward()
         first = gradients(edge)
@@ -111,10 +111,10 @@ def test_features_that_the_host_lost_are_sent_again(llava, edge, processor, loca
     batch = collate(items)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
         llm = RemoteLLM(session)
-        before = Model(edge, llm).answer_loss(batch)
+        before = SplitModel(edge, llm).answer_loss(batch)
         for row in rows:
             host._features.store._memory.pop("0", batch.keys[row].hex())
-        assert torch.equal(Model(edge, llm).answer_loss(batch), before)
+        assert torch.equal(SplitModel(edge, llm).answer_loss(batch), before)
 
 
 @pytest.mark.run

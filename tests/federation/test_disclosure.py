@@ -10,7 +10,7 @@ from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode
 from fedmm.link import wire
 from fedmm.link.remote import RemoteLLM
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.runs.folder import read_rows
 from fedmm.types import IGNORE
 
@@ -53,7 +53,7 @@ def test_the_server_reads_every_question_and_every_answer(
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
         frames.clear()
         llm = RemoteLLM(session, encoding=encoding, cache=cache)
-        Model(edge, llm, loss_at).answer_loss(batch).backward()
+        SplitModel(edge, llm, loss_at).answer_loss(batch).backward()
     assert gradients(edge)
 
     text_BT = batch.mask_BT & ~batch.image_BT
@@ -78,7 +78,7 @@ def test_no_pixel_is_in_any_frame_but_features_are(llava, edge, local_llm, items
     batch = collate(encode(edge, items))
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
         frames.clear()
-        model = Model(edge, RemoteLLM(session, encoding=encoding))
+        model = SplitModel(edge, RemoteLLM(session, encoding=encoding))
         model.answer_loss(batch).backward()
         model.generate(collate(encode(edge, items), answers=False))
     sent = [tensor.detach().contiguous().numpy().tobytes() for frame in frames for tensor in frame.tensors.values()]

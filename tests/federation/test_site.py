@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from fedmm.config import composition, targets
-from fedmm.config.derived import private_sets
+from fedmm.config.derived import privacy
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import prepare
 from fedmm.federation import build, reasons
@@ -264,8 +264,8 @@ def test_an_order_cannot_have_what_a_client_keeps_sent(backbone, tmp_path, monke
 
 
 def test_the_frozen_copy_of_what_a_client_keeps_is_private_too():
-    cfg = composition.compose(["arm=feddat", "schema=share_a"])
-    assert private_sets(cfg) == {"local", "shared", "frozen"}
+    cfg = composition.compose(["arm=feddat", "schema=share_a", "link.local=dense"])
+    assert privacy(cfg).sets == {"local", "shared", "frozen"}
 
 
 def test_an_order_downloads_nothing_unless_the_site_says_so(backbone, host, monkeypatch):
@@ -372,7 +372,7 @@ def test_a_reason_that_is_not_on_the_list_is_refused():
         reasons.told(SECRET, 1)
 
 
-@pytest.mark.parametrize("target", sorted(frozenset().union(*targets._listed().values())))
+@pytest.mark.parametrize("target", sorted(frozenset().union(*targets.listed().values())))
 def test_every_listed_target_says_what_it_reads(target):
     """A parameter that names a file or folder has the type that the site's policy goes by."""
     hints = targets.hints_of(targets.locate(target))

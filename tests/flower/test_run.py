@@ -19,16 +19,18 @@ import torch
 from helpers import DATA, PROMPT, SMALL, CountingProxy, in_tiers, rounds, run, some_examples
 
 from fedmm import tree
+from fedmm.adapters.privacy import Privacy
 from fedmm.config.composition import load
 from fedmm.config.settings import ConfigError
 from fedmm.edge.prepare import collate, prepare
 from fedmm.evaluate.answers import Answer
+from fedmm.federation import build
 from fedmm.federation import client as client_side
 from fedmm.flower import inprocess
 from fedmm.flower import rounds as server_side
 from fedmm.flower.server_app import plan
 from fedmm.link import wire
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.results import intervals
 from fedmm.runs import records, summary
 from fedmm.runs.events import RunBegan
@@ -680,8 +682,8 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
 
 def test_answers_driven_from_the_client_are_the_hosts(edge, local_llm, processor):
     batch = collate(prepare(some_examples(5), processor, PROMPT), answers=False)
-    whole = Model(edge, local_llm)
-    stepwise = Model(edge, local_llm, private=("shared",), stop_tokens=local_llm.stop_tokens)
+    whole = SplitModel(edge, local_llm)
+    stepwise = SplitModel(edge, local_llm, privacy=Privacy(frozenset({"shared"})), stop_tokens=local_llm.stop_tokens)
     with torch.no_grad():
         for use, tokens in ((("shared",), 6), (("shared",), 1)):
             assert torch.equal(stepwise.generate(batch, use, tokens), whole.generate(batch, use, tokens))
@@ -704,13 +706,13 @@ def test_where_the_llm_runs_changes_no_bit(backbone, finished, tmp_path, arm):
 
 @pytest.mark.run
 def test_a_client_whose_backbone_is_another_is_told(backbone, tmp_path, monkeypatch):
-    whole = client_side.whole
+    whole = build.whole
 
     def other(cfg):
         held = whole(cfg)
         return replace(held, card=held.card | {"edge": "other"})
 
-    monkeypatch.setattr(client_side, "whole", other)
+    monkeypatch.setattr(build, "whole", other)
     with pytest.raises(
         FedmmError, match=r"this client's backbone is not the server's: \['edge'\] differ; use the same"
     ):

@@ -15,7 +15,7 @@ from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import HostRefused
 from fedmm.losses import Mutual
 from fedmm.methods.fednano import diagonal_fisher
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.storage.tensor_store import Store
 from fedmm.types import Step
 
@@ -64,13 +64,13 @@ def train_on(losses):
 def test_branches_that_learn_from_each_other_have_the_bits_of_one_process(
     llava, local_llm, triple, featured, encoding, loss_at
 ):
-    wanted = Model(triple, local_llm).losses(featured, BRANCHES, MUTUAL)
+    wanted = SplitModel(triple, local_llm).losses(featured, BRANCHES, MUTUAL)
     train_on(wanted)
     wanted_grads = all_gradients(triple)
-    plain = Model(triple, local_llm).losses(featured, BRANCHES)
+    plain = SplitModel(triple, local_llm).losses(featured, BRANCHES)
     assert all(not torch.equal(a, b) for a, b in zip(wanted, plain, strict=True)), "mutual learning did nothing"
     with served(llava, triple, local_llm) as (host, _), visiting(host) as session:
-        remote = Model(triple, RemoteLLM(session, encoding=encoding), loss_at)
+        remote = SplitModel(triple, RemoteLLM(session, encoding=encoding), loss_at)
         losses = remote.losses(featured, BRANCHES, MUTUAL)
         train_on(losses)
     came = all_gradients(triple)
@@ -83,7 +83,7 @@ def test_each_loss_trains_its_own_branch_only(llava, local_llm, triple, featured
     with served(llava, triple, local_llm) as (host, _), visiting(host) as session:
         for llm in (local_llm, RemoteLLM(session), RemoteLLM(session, encoding="dense")):
             for i, name in enumerate(("local", "shared")):
-                Model(triple, llm).losses(featured, BRANCHES, MUTUAL)[i].backward()
+                SplitModel(triple, llm).losses(featured, BRANCHES, MUTUAL)[i].backward()
                 assert {key.split(".")[1] for key in all_gradients(triple)} == {name}
 
 
@@ -108,15 +108,15 @@ def test_the_fisher_is_the_same_over_every_link(llava, local_llm, items, rank):
     if not rank:
         items = encode(built, items)
     step = Step(1, 1, 1, 1, {})
-    wanted = diagonal_fisher(Model(built, local_llm), items, step, batch_size=2)
-    defined = fisher_by_autograd(Model(built, local_llm), items)
+    wanted = diagonal_fisher(SplitModel(built, local_llm), items, step, batch_size=2)
+    defined = fisher_by_autograd(SplitModel(built, local_llm), items)
     assert wanted.keys() == defined.keys()
     assert sum(bool(fisher.any()) for fisher in defined.values()) > (12 if rank else 3)
     for name, fisher in defined.items():
         torch.testing.assert_close(wanted[name], fisher, rtol=1e-4, atol=1e-10)
     with served(llava, built, local_llm) as (host, _), visiting(host) as session:
         for encoding in ("factored", "dense"):
-            came = diagonal_fisher(Model(built, RemoteLLM(session, encoding=encoding)), items, step, batch_size=2)
+            came = diagonal_fisher(SplitModel(built, RemoteLLM(session, encoding=encoding)), items, step, batch_size=2)
             assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
 
@@ -126,12 +126,14 @@ def test_what_trains_in_front_of_the_llm_goes_up_whole(llava, local_llm, caplog)
     built.reset(seeds.generator(0, "test"))
     shaken(built)
     batch = collate(prepare(some_examples(), processor, PROMPT))
-    Model(built, local_llm).answer_loss(batch).backward()
+    SplitModel(built, local_llm).answer_loss(batch).backward()
     wanted = gradients(built)
     with served(llava, built, local_llm) as (host, _), visiting(host) as session:
-        Model(built, RemoteLLM(session)).answer_loss(batch).backward()
+        SplitModel(built, RemoteLLM(session)).answer_loss(batch).backward()
         assert caplog.text.count("edge.lora trains in front of the LLM") == 1
-        assert torch.equal(Model(built, RemoteLLM(session)).generate(batch), Model(built, local_llm).generate(batch))
+        assert torch.equal(
+            SplitModel(built, RemoteLLM(session)).generate(batch), SplitModel(built, local_llm).generate(batch)
+        )
     came = gradients(built)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
@@ -140,14 +142,14 @@ def test_a_warm_step_carries_no_features_and_a_cold_one_each_once(llava, edge, l
     with served(llava, edge, local_llm) as (host, _):
         for expected in (len(featured.ids), 0):  # a later process of the same client finds them there
             with visiting(host) as session:
-                model = Model(edge, RemoteLLM(session))
+                model = SplitModel(edge, RemoteLLM(session))
                 for _ in range(2):
                     model.answer_loss(featured)
                 sent = session.sent_bytes["features"]
                 features_bytes = featured.features_MPE.nbytes * expected / len(featured.ids)
                 assert features_bytes <= sent <= features_bytes + 1000 * (expected > 0)
         with visiting(host, client=1) as session:
-            Model(edge, RemoteLLM(session)).answer_loss(featured)
+            SplitModel(edge, RemoteLLM(session)).answer_loss(featured)
             assert session.sent_bytes["features"] > featured.features_MPE.nbytes, "another client's are not its own"
 
 
@@ -157,16 +159,18 @@ def test_what_the_host_forgot_is_sent_again(llava, edge, local_llm, items, tmp_p
     items = encode(edge, items)
     store = Store(memory_bytes=memory_bytes or 3000, folder=tmp_path, disk_bytes=3000 if not memory_bytes else 0)
     batches = [collate(items[i : i + 1]) for i in (0, 1, 2, 0, 1, 2)]
-    wanted = [Model(edge, local_llm).answer_loss(batch) for batch in batches]
+    wanted = [SplitModel(edge, local_llm).answer_loss(batch) for batch in batches]
     with served(llava, edge, local_llm, store=store) as (host, _), visiting(host) as session:
         llm = RemoteLLM(session)
-        assert [Model(edge, llm).answer_loss(batch).item() for batch in batches] == [loss.item() for loss in wanted]
+        assert [SplitModel(edge, llm).answer_loss(batch).item() for batch in batches] == [
+            loss.item() for loss in wanted
+        ]
 
 
 def test_a_host_that_lost_everything_is_filled_again(llava, edge, local_llm, featured):
     store = Store(memory_bytes=1 << 20)
     with served(llava, edge, local_llm, store=store) as (host, _), visiting(host) as session:
-        model = Model(edge, RemoteLLM(session))
+        model = SplitModel(edge, RemoteLLM(session))
         before = model.answer_loss(featured)
         store.close()  # drops what it holds
         assert torch.equal(model.answer_loss(featured), before)
@@ -174,8 +178,8 @@ def test_a_host_that_lost_everything_is_filled_again(llava, edge, local_llm, fea
 
 def test_with_a_store_too_small_for_a_batch_features_go_up_with_the_step(llava, edge, local_llm, featured, caplog):
     with served(llava, edge, local_llm, store=Store(memory_bytes=2048)) as (host, _), visiting(host) as session:
-        loss = Model(edge, RemoteLLM(session)).answer_loss(featured)
-    assert torch.equal(loss, Model(edge, local_llm).answer_loss(featured))
+        loss = SplitModel(edge, RemoteLLM(session)).answer_loss(featured)
+    assert torch.equal(loss, SplitModel(edge, local_llm).answer_loss(featured))
     assert "raise link.cache_memory_mb or link.cache_disk_mb" in caplog.text
 
 
@@ -185,14 +189,14 @@ def test_a_sample_larger_than_the_store_says_so(llava, edge, local_llm, featured
         visiting(host) as session,
         pytest.raises(HostRefused, match="fits neither into 64 bytes of memory"),
     ):
-        Model(edge, RemoteLLM(session)).answer_loss(featured)
+        SplitModel(edge, RemoteLLM(session)).answer_loss(featured)
 
 
 def test_a_host_that_keeps_nothing_holds_nothing(llava, edge, local_llm, featured):
     with served(llava, edge, local_llm, store=None) as (host, _), visiting(host) as session:
-        assert torch.isfinite(Model(edge, RemoteLLM(session, cache="none")).answer_loss(featured))
+        assert torch.isfinite(SplitModel(edge, RemoteLLM(session, cache="none")).answer_loss(featured))
         with pytest.raises(HostRefused, match="link.cache=none"):
-            Model(edge, RemoteLLM(session)).answer_loss(featured)
+            SplitModel(edge, RemoteLLM(session)).answer_loss(featured)
 
 
 def factored(batch, edge, **changes):
@@ -321,13 +325,13 @@ def test_codecs_save_bytes_and_stay_close(llava, edge, local_llm, items, codec, 
     codecs = Codecs(**{kind: codec})
     batch = collate(encode(edge, items))
     rounded = collate(encode(edge, items, codecs.features))
-    Model(edge, local_llm).answer_loss(batch).backward()
+    SplitModel(edge, local_llm).answer_loss(batch).backward()
     exact = gradients(edge)
     moved = {}
     with served(llava, edge, local_llm) as (host, _):
         for name, chosen, given in (("none", Codecs(), batch), (codec, codecs, rounded)):
             with visiting(host) as session:
-                Model(edge, RemoteLLM(session, codecs=chosen), loss_at).answer_loss(given).backward()
+                SplitModel(edge, RemoteLLM(session, codecs=chosen), loss_at).answer_loss(given).backward()
                 moved[name] = sum(session.sent_bytes.values()) + sum(session.received_bytes.values())
             came = gradients(edge)
             far = max(((came[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact)
@@ -339,20 +343,20 @@ def test_codecs_save_bytes_and_stay_close(llava, edge, local_llm, items, codec, 
 def test_lossy_features_are_the_same_at_both_ends(llava, edge, local_llm, items, cache):
     """Rounded where they are made: the client's h and the host's base are of one image, so gradients are exact."""
     batch = collate(encode(edge, items, "int8"))
-    Model(edge, local_llm).answer_loss(batch).backward()
+    SplitModel(edge, local_llm).answer_loss(batch).backward()
     wanted = gradients(edge)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        Model(edge, RemoteLLM(session, cache=cache, codecs=Codecs(features="int8"))).answer_loss(batch).backward()
+        SplitModel(edge, RemoteLLM(session, cache=cache, codecs=Codecs(features="int8"))).answer_loss(batch).backward()
     came = gradients(edge)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
 
 def test_batches_need_not_hold_features(llava, edge, local_llm, batch):
     """With no place to keep them they are made anew in every step, and travel with it."""
-    Model(edge, local_llm).answer_loss(batch).backward()
+    SplitModel(edge, local_llm).answer_loss(batch).backward()
     wanted = gradients(edge)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
+        SplitModel(edge, RemoteLLM(session)).answer_loss(batch).backward()
         assert "features" not in session.sent_bytes
     came = gradients(edge)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)
@@ -361,12 +365,12 @@ def test_batches_need_not_hold_features(llava, edge, local_llm, batch):
 @pytest.mark.parametrize("loss_at", ["auto", "client"])
 def test_error_feedback_keeps_each_adapters_own_residual(llava, local_llm, triple, featured, loss_at):
     """Branches whose gradients differ a thousandfold: a residual under the wrong name would drown the smaller."""
-    losses = Model(triple, local_llm).losses(featured, BRANCHES)
+    losses = SplitModel(triple, local_llm).losses(featured, BRANCHES)
     train_on([losses[0], 1000 * losses[1]])
     wanted = all_gradients(triple)
     total = {name: torch.zeros_like(grad) for name, grad in wanted.items()}
     with served(llava, triple, local_llm) as (host, _), visiting(host) as session:
-        model = Model(triple, RemoteLLM(session, codecs=Codecs(gradients="int8")), loss_at)
+        model = SplitModel(triple, RemoteLLM(session, codecs=Codecs(gradients="int8")), loss_at)
         for _ in range(20):
             losses = model.losses(featured, BRANCHES)
             train_on([losses[0], 1000 * losses[1]])

@@ -20,7 +20,7 @@ from fedmm.edge import frozen_modules
 from fedmm.link import tls, wire
 from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import HostGone, HostRefused, Session
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.serving.features import Features
 from fedmm.serving.host import Host
 from fedmm.serving.round import Traffic
@@ -259,7 +259,7 @@ def test_a_backward_without_forward_and_of_a_wrong_shape(link, edge, batch):
 
 def test_pending_steps_are_bounded_and_no_grad_keeps_none(llava, edge, local_llm, batch):
     with served(llava, edge, local_llm, pending=2) as (host, _), visiting(host) as session:
-        model = Model(edge, RemoteLLM(session))
+        model = SplitModel(edge, RemoteLLM(session))
         with torch.no_grad():
             for _ in range(5):
                 model(batch)
@@ -302,11 +302,11 @@ def test_a_step_number_that_waits_for_its_backward_is_not_taken_again(llava, edg
 
 
 def test_several_steps_may_wait_and_return_in_any_order(llava, edge, local_llm, batch):
-    local = Model(edge, local_llm)
+    local = SplitModel(edge, local_llm)
     local(batch).sum().backward()
     wanted = gradients(edge)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        model = Model(edge, RemoteLLM(session))
+        model = SplitModel(edge, RemoteLLM(session))
         first, second = model(batch), model(batch)
         second.sum().backward()
         edge.zero_grad()

@@ -16,7 +16,7 @@ from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import answer_cross_entropy
-from fedmm.model import Model
+from fedmm.model import SplitModel
 
 
 def load(folder):
@@ -30,13 +30,13 @@ def load(folder):
 @pytest.mark.parametrize("loss_at", ["auto", "client"])
 def test_remote_equals_local(llava, local_llm, edge, items, loss_at, encoding, cache):
     batch = collate(encode(edge, items))
-    model = Model(edge, local_llm, loss_at)
+    model = SplitModel(edge, local_llm, loss_at)
     loss = model.answer_loss(batch)
     loss.backward()
     wanted, logits = gradients(edge), model(batch)
     assert all(gradient.abs().sum() > 0 for gradient in wanted.values())
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        remote = Model(edge, RemoteLLM(session, encoding=encoding, cache=cache), loss_at)
+        remote = SplitModel(edge, RemoteLLM(session, encoding=encoding, cache=cache), loss_at)
         remote_loss = remote.answer_loss(batch)
         remote_loss.backward()
         came = gradients(edge)
@@ -55,11 +55,11 @@ def test_the_embedded_backbone_keeps_parity_too():
     built.reset(seeds.generator(0, "test"))
     examples = targets.make(cfg.dataset)(train=32, validation=0, test=0)["train"]
     batch, llm = collate(prepare(examples, processor, backbone.prompt)), LocalLLM(backbone.model)
-    loss = Model(built, llm).answer_loss(batch)
+    loss = SplitModel(built, llm).answer_loss(batch)
     loss.backward()
     wanted = gradients(built)
     with served(frozen, built, llm) as (host, _), visiting(host) as session:
-        remote_loss = Model(built, RemoteLLM(session)).answer_loss(batch)
+        remote_loss = SplitModel(built, RemoteLLM(session)).answer_loss(batch)
         remote_loss.backward()
     assert torch.equal(remote_loss, loss)
     came = gradients(built)
@@ -85,7 +85,7 @@ def test_questions_about_two_images_are_the_undivided_models(tasks):
         whole = backbone.processor(images=list(example.images), text=[text], return_tensors="pt")
         with torch.no_grad():
             wanted = backbone.model(**whole).logits[0, -1]
-            torch.testing.assert_close(Model(built, llm)(collate([item]))[0, 0], wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(SplitModel(built, llm)(collate([item]))[0, 0], wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["run", "none"])
@@ -94,12 +94,12 @@ def test_questions_about_two_images_keep_parity_in_one_batch_with_others(tasks, 
     backbone, built, _, items = tasks
     llm, batch, prompts = LocalLLM(backbone.model), collate(items), collate(items, answers=False)
     assert sorted(batch.image_BT.sum(1).tolist()) == [36] * 8 + [72] * 2
-    model = Model(built, llm)
+    model = SplitModel(built, llm)
     loss = model.answer_loss(batch)
     loss.backward()
     wanted, said = gradients(built), model.generate(prompts)
     with served((backbone.model, backbone.processor), built, llm) as (host, _), visiting(host) as session:
-        remote = Model(built, RemoteLLM(session, encoding=encoding, cache=cache))
+        remote = SplitModel(built, RemoteLLM(session, encoding=encoding, cache=cache))
         for _ in range(2):  # with the features that went up, and with those that the host kept
             remote_loss = remote.answer_loss(batch)
             remote_loss.backward()
@@ -111,15 +111,15 @@ def test_questions_about_two_images_keep_parity_in_one_batch_with_others(tasks, 
 
 def test_both_places_of_the_loss_agree(local_llm, edge, batch):
     assert torch.equal(
-        Model(edge, local_llm, "auto").answer_loss(batch), Model(edge, local_llm, "client").answer_loss(batch)
+        SplitModel(edge, local_llm, "auto").answer_loss(batch), SplitModel(edge, local_llm, "client").answer_loss(batch)
     )
 
 
 def test_remote_generates_what_local_does(llava, local_llm, edge, items):
     prompts = collate(items, answers=False)
-    wanted = Model(edge, local_llm).generate(prompts)
+    wanted = SplitModel(edge, local_llm).generate(prompts)
     with served(llava, edge, local_llm) as (host, _), visiting(host) as session:
-        assert torch.equal(Model(edge, RemoteLLM(session)).generate(prompts), wanted)
+        assert torch.equal(SplitModel(edge, RemoteLLM(session)).generate(prompts), wanted)
 
 
 def test_lora_in_the_encoder_trains_across_the_link(llava, local_llm):
@@ -129,11 +129,11 @@ def test_lora_in_the_encoder_trains_across_the_link(llava, local_llm):
         for parameter in built.trainable("shared").values():
             parameter.add_(0.05)
     batch = collate(prepare(some_examples(), processor, PROMPT))
-    Model(built, local_llm).answer_loss(batch).backward()
+    SplitModel(built, local_llm).answer_loss(batch).backward()
     wanted = gradients(built)
     assert any("encoder" in name and gradient.abs().sum() > 0 for name, gradient in wanted.items())
     with served(llava, built, local_llm) as (host, _), visiting(host) as session:
-        Model(built, RemoteLLM(session)).answer_loss(batch).backward()
+        SplitModel(built, RemoteLLM(session)).answer_loss(batch).backward()
     came = gradients(built)
     assert all(torch.equal(came[name], wanted[name]) for name in wanted)
 
@@ -155,7 +155,7 @@ def test_split_equals_undivided(llava_folder, edge, processor):
     model, _ = load(llava_folder)
     examples = [example for example in some_examples(6) if example.answer in ("two", "one")]
     batch = collate(prepare(examples, processor, PROMPT))
-    split = Model(edge, LocalLLM(model))(batch)
+    split = SplitModel(edge, LocalLLM(model))(batch)
     split_loss = answer_cross_entropy(split, batch.labels_BA)
     split_loss.backward()
     wanted = gradients(edge)
@@ -187,7 +187,7 @@ def test_folded_equals_adapted(tmp_path, edge, items, tied):
     built, _ = frozen_modules.build(frozen_modules.take(model, processor), rank=4, alpha=8.0)
     built.load(edge.state())
     batch = collate(items)
-    logits = Model(built, LocalLLM(model))(batch)
+    logits = SplitModel(built, LocalLLM(model))(batch)
     folded, _ = load(folder)
     fold(folded, built.state(), scale=2.0)
     plain = folded(input_ids=batch.tokens_BT, pixel_values=batch.pixels, attention_mask=batch.mask_BT).logits
@@ -202,7 +202,7 @@ def test_folded_equals_adapted(tmp_path, edge, items, tied):
 def test_a_folded_checkpoint_generates_what_the_split_does(tmp_path, llava_folder, edge, items):
     """New tokens pass the text adapter at the host; in a folded checkpoint they find it in the table."""
     model, processor = load(llava_folder)
-    said = Model(edge, LocalLLM(model)).generate(collate(items, answers=False), max_tokens=6)
+    said = SplitModel(edge, LocalLLM(model)).generate(collate(items, answers=False), max_tokens=6)
     folded, _ = load(llava_folder)
     fold(folded, edge.state(), scale=2.0)
     folded.save_pretrained(tmp_path)
@@ -218,18 +218,18 @@ def test_a_folded_checkpoint_generates_what_the_split_does(tmp_path, llava_folde
 def test_features_in_the_place_of_pixels_change_nothing(local_llm, edge, items):
     with_pixels, with_features = collate(items), collate(encode(edge, items))
     assert with_features.pixels is None
-    assert torch.equal(Model(edge, local_llm)(with_pixels), Model(edge, local_llm)(with_features))
+    assert torch.equal(SplitModel(edge, local_llm)(with_pixels), SplitModel(edge, local_llm)(with_features))
 
 
 def test_padding_changes_nothing_beyond_rounding(local_llm, edge, items):
-    together = Model(edge, local_llm)(collate(items))
+    together = SplitModel(edge, local_llm)(collate(items))
     for b, item in enumerate(items):
-        alone = Model(edge, local_llm)(collate([item]))[0]
+        alone = SplitModel(edge, local_llm)(collate([item]))[0]
         torch.testing.assert_close(together[b, : len(item.answer)], alone, rtol=0, atol=1e-5)
 
 
 def test_the_llm_stays_frozen(local_llm, edge, batch):
     before = {name: tensor.clone() for name, tensor in local_llm.decoder.state_dict().items()}
-    Model(edge, local_llm).answer_loss(batch).backward()
+    SplitModel(edge, local_llm).answer_loss(batch).backward()
     assert all(p.grad is None and not p.requires_grad for p in local_llm.decoder.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in local_llm.decoder.state_dict().items())

@@ -11,7 +11,7 @@ from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.loading import llava as load
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.serving.engine import Engine
 from fedmm.serving.passes import Rows
 
@@ -35,16 +35,16 @@ def test_a_narrow_llm_trains_edges_that_are_not(llava_folder, edge, load_in):
     edge.load(state)
     batch = collate(encode(edge, prepare(some_examples(), processor, PROMPT)))
     local = LocalLLM(backbone.model)
-    Model(edge, local).answer_loss(batch).backward()
+    SplitModel(edge, local).answer_loss(batch).backward()
     wanted = gradients(edge)
-    Model(edge, local).generate(batch)  # without gradients; on some CPUs bitsandbytes then went on without them
-    Model(edge, local).answer_loss(batch).backward()
+    SplitModel(edge, local).generate(batch)  # without gradients; on some CPUs bitsandbytes then went on without them
+    SplitModel(edge, local).answer_loss(batch).backward()
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients(edge).items())
-    logits, exact_logits = Model(edge, local)(batch), Model(edge, LocalLLM(exact.model))(batch)
+    logits, exact_logits = SplitModel(edge, local)(batch), SplitModel(edge, LocalLLM(exact.model))(batch)
     assert logits.dtype == torch.float32
     assert 0 < (logits - exact_logits).norm() < 0.2 * exact_logits.norm()
     with served((backbone.model, backbone.processor), edge, local) as (host, _), visiting(host) as session:
-        Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
+        SplitModel(edge, RemoteLLM(session)).answer_loss(batch).backward()
     came = gradients(edge)
     assert all(torch.equal(came[name], wanted[name]) and came[name].dtype == torch.float32 for name in wanted)
 
@@ -58,13 +58,13 @@ def test_checkpointing_changes_no_bit_and_keeps_less(llava_folder, edge, items):
             path=str(llava_folder), prompt=PROMPT, dtype="float32", device="cpu", checkpointing=checkpointing
         )
         llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
-        Model(edge, llm).answer_loss(batch).backward()
+        SplitModel(edge, llm).answer_loss(batch).backward()
         found.append(gradients(edge))
         engine = Engine(llm)
         embeds, mask_BT = edge(batch)
         held.append(engine.begin(Rows(embeds.dense().detach(), mask_BT, batch.keep_BA)).graph_bytes)
         engine.close()
-        said.append(Model(edge, llm).generate(batch, max_tokens=6))
+        said.append(SplitModel(edge, llm).generate(batch, max_tokens=6))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert torch.equal(*said) and said[0].shape[1] > 2
     assert held[1] < 0.5 * held[0]

@@ -14,7 +14,7 @@ from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import encode, prepare
 from fedmm.link.remote import RemoteLLM
 from fedmm.methods.feddat import progress
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.types import Step
 
 
@@ -25,7 +25,7 @@ def started(llava, llm):
     for name in ("shared", "local", "frozen"):
         built.reset(seeds.generator(0, "adapters"), name)
     built.freeze_all_but(["shared.*", "local.*"])
-    return Model(built, llm), encode(built, prepare(some_examples(6), processor, PROMPT))
+    return SplitModel(built, llm), encode(built, prepare(some_examples(6), processor, PROMPT))
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0)])
@@ -58,7 +58,7 @@ def test_it_trains_alike_through_the_link(llava, local_llm, encoding, loss_at):
     run(near, items)
     far, _ = started(llava, local_llm)
     with served(llava, far.edge, local_llm) as (host, _), visiting(host) as session:
-        run(Model(far.edge, RemoteLLM(session, encoding=encoding), loss_at), items)
+        run(SplitModel(far.edge, RemoteLLM(session, encoding=encoding), loss_at), items)
     assert states(near) == states(far)
 
 

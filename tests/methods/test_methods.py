@@ -20,7 +20,7 @@ from fedmm.methods.balanced import balanced_softmax, counts, logit_adjustment
 from fedmm.methods.fednano import diagonal_fisher, fednano_ef, mean_of_squares
 from fedmm.methods.lora import fedprox, lora
 from fedmm.methods.sampling import class_balanced
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.train import rate_share, train
 from fedmm.types import IGNORE, Step
 
@@ -31,7 +31,7 @@ def started(llava, llm, count=10):
     """A model at its common start, and ten examples to train on."""
     built, processor = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
     built.reset(seeds.generator(0, "test"))
-    return Model(built, llm), encode(built, prepare(some_examples(count), processor, PROMPT))
+    return SplitModel(built, llm), encode(built, prepare(some_examples(count), processor, PROMPT))
 
 
 def trained(llava, llm, method, **options):
@@ -260,9 +260,9 @@ def test_logit_adjustment_without_smoothing_is_balanced_softmax_and_tau_is_a_pow
     assert torch.isfinite(model.logits_BAV.grad).all()
     (squared,) = logit_adjustment(model := Said([[0, 0, 0]], [1]), model.batch, step, smoothing=0.0, tau=2.0)
     assert squared.item() == pytest.approx(-math.log(4 / (64 + 4)))
-    for options in ({"smoothing": -1.0}, {"tau": 0.0}):
-        with pytest.raises(ValueError, match=r"set method.step.tau above 0 .*smoothing to 0 or more"):
-            next(logit_adjustment(model, model.batch, step, **options))
+    for setting, wanted in (("smoothing=-1", "at least 0, got -1"), ("tau=0", "above 0, got 0")):
+        with pytest.raises(ValueError, match=f"method.step.{setting.split('=')[0]} must be {wanted}"):
+            composition.load(["arm=logit_adjustment", f"method.step.{setting}"])
 
 
 def test_padded_places_count_nothing():
@@ -332,7 +332,7 @@ def test_every_method_trains_what_it_says(llava, local_llm, name):
     schema = targets.make(cfg.schema)(2, 2)  # the last round: feddpa's local adapters train in it
     built.freeze_all_but(schema.trains)
     before = {one: built.state(one) for one in cfg.method.sets}
-    model, items = Model(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
+    model, items = SplitModel(built, local_llm), encode(built, prepare(some_examples(6), processor, PROMPT))
     anchor = before.get("shared", {})
     out = train(
         model,

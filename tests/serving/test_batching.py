@@ -17,7 +17,7 @@ from fedmm.edge.prepare import collate, encode, prepare
 from fedmm.link.remote import RemoteLLM
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import Mutual
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.serving.engine import Engine
 from fedmm.serving.footprint import Footprint, Shape
 from fedmm.serving.passes import Rows
@@ -235,7 +235,7 @@ def test_a_step_that_finds_no_worker_in_time_is_asked_again_and_loses_nothing(ll
     """Found in a review: two clients' passes of a minute made a victim lose its round. The host waits a second here,
     the client as long as its turn."""
     llm = GatedLLM(local_llm)
-    local = Model(edge, local_llm)
+    local = SplitModel(edge, local_llm)
     local(batch).sum().backward()
     wanted = gradients(edge)
     options = {"workers": 1, "deadline_seconds": 2.0}
@@ -244,7 +244,7 @@ def test_a_step_that_finds_no_worker_in_time_is_asked_again_and_loses_nothing(ll
         own = rows(1, B=9)
         large = {"whole.0": own.embeds_BTD, "mask": own.mask_BT, "keep": own.keep_BA}
         with ThreadPoolExecutor(2) as pool:
-            logits_BAV = Model(edge, RemoteLLM(victim))(batch)
+            logits_BAV = SplitModel(edge, RemoteLLM(victim))(batch)
             attack = pool.submit(other.call, "forward", large, step=0, branches=1, grads=[])
             until(lambda: llm.passes[-1:] == [9])
             backward = pool.submit(logits_BAV.sum().backward)
@@ -398,7 +398,7 @@ def test_clients_at_once_get_the_gradients_they_get_alone(llava, local_llm, opti
         batches.append(collate(items))
 
     def step(llm, client):
-        losses = Model(edges[client], llm, loss_at).losses(
+        losses = SplitModel(edges[client], llm, loss_at).losses(
             batches[client], (("local",), ("shared",)), Mutual((1.0, 1.0), 2.0)
         )
         for loss in losses:

@@ -22,7 +22,7 @@ from fedmm import tree
 from fedmm.link import tls
 from fedmm.link.remote import RemoteLLM
 from fedmm.link.session import HostFull, HostRefused, Session
-from fedmm.model import Model
+from fedmm.model import SplitModel
 
 HOST = ROOT / "tests" / "door_host.py"
 DESCRIPTORS = 256
@@ -135,13 +135,13 @@ def attack(host: Outside, kind, stack: ExitStack, count: int = 300) -> None:
 def gradients_of(host: Outside, edge, batch) -> str:
     """The digest of a step's gradients, from a host that nobody attacks."""
     with host.session(EARLY) as session:
-        Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
+        SplitModel(edge, RemoteLLM(session)).answer_loss(batch).backward()
     return tree.digest(gradients(edge))
 
 
 def step_and_update(session: Session, edge, batch) -> str:
     """An honest client's round: a step, and its gradients as the update. Returns their digest."""
-    Model(edge, RemoteLLM(session)).answer_loss(batch).backward()
+    SplitModel(edge, RemoteLLM(session)).answer_loss(batch).backward()
     delta = gradients(edge)
     tensors = {f"delta/{name}": tensor for name, tensor in delta.items()}
     session.call("update", tensors, num_examples=3, fisher=False, metrics={"loss": 1.0})

@@ -20,7 +20,7 @@ from fedmm.llm import packing
 from fedmm.llm.loading import TINY, twin
 from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.stages.caption_records import Caption, keep
 from fedmm.stages.captions import Writer, hub, oracle, own, prepared, training, write
 from fedmm.stages.kept import fingerprint
@@ -208,23 +208,23 @@ def test_a_name_changes_with_what_the_text_depends_on_and_with_nothing_else(llav
     def name(model, prompt=PROMPT, processor=processor, **options):
         return own(model, processor, prompt, **options).name
 
-    model = Model(edge, LocalLLM(llava[0]))
+    model = SplitModel(edge, LocalLLM(llava[0]))
     base = name(model)
     others = frozen_modules.build(frozen_modules.take(*llava), rank=2, sets=("shared", "local"))[0]
-    assert base == name(Model(others, LocalLLM(llava[0]))) == name(model, batch_size=3)
+    assert base == name(SplitModel(others, LocalLLM(llava[0]))) == name(model, batch_size=3)
     inside = twin(llava[0])
     make(compose(["llm.where=client", "inner=lora"]).inner)(inside.model.language_model, ("shared",))
     adapted = frozen_modules.build(
         frozen_modules.take(*llava), decoder=inside.model.language_model, lora=frozen_modules.Lora(2), sets=("shared",)
     )[0]
-    assert base == name(Model(adapted, LocalLLM(inside, inner=adapted.inner)))
+    assert base == name(SplitModel(adapted, LocalLLM(inside, inner=adapted.inner)))
     assert base != name(model, max_tokens=9)
     assert base != name(model, "{question} <image>")
     for path in ("lm_head", "model.language_model.layers.0.mlp.up_proj"):
         changed = twin(llava[0])
         weight = changed.get_submodule(path).weight
         weight.data = weight.data + 1
-        assert base != name(Model(edge, LocalLLM(changed)))
+        assert base != name(SplitModel(edge, LocalLLM(changed)))
     other = small_llava(tmp_path / "other", image_size=24)
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -244,7 +244,7 @@ def tiny_folder(tmp_path_factory):
 def tiny():
     backbone = load_tiny(prompt="<image> {question}")
     edge, processor = frozen_modules.build(frozen_modules.take(backbone.model, backbone.processor))
-    return Model(edge, LocalLLM(backbone.model)), processor, backbone.prompt
+    return SplitModel(edge, LocalLLM(backbone.model)), processor, backbone.prompt
 
 
 @pytest.fixture(scope="module")

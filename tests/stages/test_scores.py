@@ -14,7 +14,7 @@ from fedmm import seeds
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import content_of
 from fedmm.llm.local import LocalLLM
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.stages import scores
 from fedmm.stages.scores import agreement, balanced_set, class_scores
 
@@ -23,7 +23,7 @@ NAMES = ["one", "three one", "two", "red"]  # of one and of two tokens, "three o
 
 @pytest.fixture
 def model(edge, local_llm) -> Model:
-    return Model(edge, local_llm)
+    return SplitModel(edge, local_llm)
 
 
 def written_out(llava, examples, names) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_scores_are_those_of_a_written_out_loop(llava, model, processor, batch_s
 def test_no_adapter_acts_on_scores(llava, model, processor, local_llm):
     """The fixture's adapters have left their start, and answers do change with them."""
     examples = some_examples(2)
-    plain = Model(frozen_modules.build(frozen_modules.take(*llava), rank=2)[0], local_llm)
+    plain = SplitModel(frozen_modules.build(frozen_modules.take(*llava), rank=2)[0], local_llm)
     assert class_scores(model, processor, PROMPT, examples, NAMES).equal(
         class_scores(plain, processor, PROMPT, examples, NAMES)
     )
@@ -80,7 +80,7 @@ class Counting(LocalLLM):
 
 def test_a_kept_score_is_not_made_again_and_a_killed_run_goes_on(llava, edge, processor, tmp_path):
     llm = Counting(llava[0])
-    model = Model(edge, llm)
+    model = SplitModel(edge, llm)
     examples = some_examples(5)
     straight = class_scores(model, processor, PROMPT, examples, NAMES, batch_size=8)
     llm.samples, llm.limit = 0, 2 * len(NAMES)
@@ -100,7 +100,7 @@ def test_a_kept_score_is_not_made_again_and_a_killed_run_goes_on(llava, edge, pr
 
 def test_another_question_prompt_or_choice_of_names_is_scored_anew(llava, edge, processor, tmp_path):
     llm = Counting(llava[0])
-    model = Model(edge, llm)
+    model = SplitModel(edge, llm)
     example = some_examples(1)[0]
     changed = [
         (PROMPT, example, NAMES),

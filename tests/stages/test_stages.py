@@ -23,7 +23,7 @@ from fedmm.federation.server_stages import _common, _NotesAt
 from fedmm.flower import inprocess
 from fedmm.flower.server_app import plan
 from fedmm.losses import answer_cross_entropy, divergence
-from fedmm.model import Model
+from fedmm.model import Model, SplitModel
 from fedmm.runs.folder import latest_checkpoint, read_rows
 from fedmm.stages import align as aligning
 from fedmm.stages import pretrain as learning
@@ -51,7 +51,7 @@ class Notes:
 
 @pytest.fixture
 def model(edge, local_llm) -> Model:
-    return Model(edge, local_llm)
+    return SplitModel(edge, local_llm)
 
 
 @pytest.fixture
