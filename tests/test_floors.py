@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,58 @@ def test_the_mathematics_needs_no_transformers_and_no_flower():
         "fedmm.aggregate.fisher, fedmm.methods.fednano, fedmm.train, fedmm.data.scenes, fedmm.evaluate.answers"
     )
     loads_none_of({"transformers", "peft", "flwr", "hydra", "grpc"}, mathematics)
+
+
+LINES_OF_A_FILE, LINES_OF_A_ROOM, FILES_OF_A_ROOM, PARAMETERS = 400, 2_500, 14, 8
+ROOMS = sorted({path.parent for path in FILES})
+SEES_CONFIGURATION = {"config", "federation", "runs", "results", "sweep", "flower", "cli", "bench"}
+REASON = re.compile(r"\s*# parameters: \S.*")
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_is_read_in_one_sitting(path):
+    assert lines_of(path) <= LINES_OF_A_FILE
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_is_small_enough_to_know(room):
+    files = [path for path in room.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= FILES_OF_A_ROOM and sum(map(lines_of, files)) <= LINES_OF_A_ROOM
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_function_takes_few_parameters_or_says_why_not(path):
+    """The reason stands in the line before it: `# parameters: each is a setting of conf/rule/creff.yaml`."""
+    text = path.read_text()
+    assert not long_functions(text), "take a record, or say why not in a line before the function: # parameters: ..."
+
+
+def long_functions(text: str) -> list[str]:
+    """Functions of too many parameters without a reason in the line before them, or before their first decorator."""
+    lines, names = text.splitlines(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            takes = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(parameter.arg not in ("self", "cls") for parameter in takes)
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if count > PARAMETERS and not REASON.fullmatch(lines[first - 2]):
+                names.append(node.name)
+    return names
+
+
+def test_a_function_of_nine_parameters_would_be_seen():
+    nine = ", ".join(f"p{i}" for i in range(9))
+    assert long_functions(f"\ndef f({nine}): ...") == ["f"]
+    assert long_functions(f"\ndef f(self, {nine[4:]}): ...") == []
+    assert long_functions(f"# parameters: a yaml names each\n@cache\ndef f(*, {nine}): ...") == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_upper_rooms_see_the_composed_configuration(path):
+    room = [*module_of(path).split("."), "fedmm"][1]
+    seen = {name for name in imports_of(path) if name.startswith(("fedmm.config", "omegaconf"))}
+    assert room in SEES_CONFIGURATION or not seen

@@ -33,6 +33,7 @@ from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.nodes import find_clients
 from fedmm.flower.rounds import run_arm
 from fedmm.model import Model
+from fedmm.runs import events
 from fedmm.runs.folder import RunFolder
 from fedmm.storage.tensor_store import Store
 from fedmm.train import train

@@ -28,7 +28,9 @@ from fedmm.edge.nano_edge import Lora, NanoEdge
 from fedmm.edge.prepare import Processor, prepare
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
-from fedmm.link.remote import RemoteLLM, Session
+from fedmm.link import messages
+from fedmm.link.remote import RemoteLLM
+from fedmm.link.session import Session
 from fedmm.llm.loading import Backbone, twin
 from fedmm.llm.local import LocalLLM
 from fedmm.model import ClassifierModel, Model, SplitModel
@@ -305,7 +307,7 @@ def _of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEnco
 def _parts(session: Session, digest: str) -> machine_cache.Mapped:
     """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
     if machine_cache.load_parts(digest) is None:
-        machine_cache.save_parts(digest, dict(session.call("edge").tensors))
+        machine_cache.save_parts(digest, session.ask(messages.EdgeRequest()).tensors)
     parts = machine_cache.load_parts(digest)
     assert parts is not None
     return parts

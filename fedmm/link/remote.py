@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fedmm.adapters.privacy import EVERYTHING_MAY_LEAVE, Privacy
 from fedmm.codecs import PLAIN, Codecs
 from fedmm.edge.base import KEY_BYTES
 from fedmm.link import messages

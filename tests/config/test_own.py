@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import rounds
+from helpers import rounds
 
 from fedmm.config import targets
 from fedmm.config.composition import load, options
