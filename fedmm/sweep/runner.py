@@ -44,6 +44,7 @@ from fedmm.types import FedmmError
 PAGE = "results.md"  # in a sweep's folder; picture and records beside it
 
 
+# parameters: options of `fedmm sweep`, and what the command line brings along: check and say
 def run(path: Path, overrides: Sequence[str], tuned: Search | None, *, at_once: int, check: Callable[[list[str]], Any],
         say: Callable[[str], None], known: Records | None = None, against: str | None = None,
         command: str | None = None) -> Records:  # fmt: skip
