@@ -63,8 +63,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the resume's round",
-        r"round, path = found\[-1\]",
-        "round, path = found[0]",
+        r"round, path = checkpoints\[-1\]",
+        "round, path = checkpoints[0]",
         "runs/test_folder.py",
     ),
     Mutation(
