@@ -158,6 +158,7 @@ def test_handwriting_is_read_and_client_words_are_not(tiny, script):
     assert abs(script.accuracy(*tiny, client)["all"] - on_card("handwriting, turku, finnish")) < 0.07
 
 
+@pytest.mark.run
 @pytest.mark.timeout(300)
 def test_the_same_seed_gives_the_same_bits(script):
     """Three steps of each stage, twice."""

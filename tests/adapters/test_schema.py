@@ -7,7 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from helpers import PROMPT, rounds, run, served, some_examples, visiting
+from helpers import PROMPT, in_tiers, rounds, run, served, some_examples, visiting
 
 from fedmm import seeds, tree
 from fedmm.adapters.nano import cut
@@ -310,10 +310,12 @@ def test_clients_of_three_ranks_run_and_each_gets_its_own(backbone, tmp_path, de
 # ---- arms ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.run
-def test_every_new_arm_runs_two_rounds(backbone, tmp_path):
+RULES = ["fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip"]
+
+
+@pytest.mark.parametrize("rest", in_tiers(run=[["fedadam", "krum"]], nightly=[RULES]), ids=len)
+def test_every_new_arm_runs_two_rounds(backbone, tmp_path, rest):
     """Of rules over whole updates, in one run; those above have runs of their own."""
-    rest = ["fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "norm_clip"]
     few = ["clients=5", "evaluate.every=0", "evaluate.max_tokens=1", "run.examples=0"]
     path = run(backbone, tmp_path / "run", "arm=fedavg", f"compare=[{','.join(rest)}]", *few)
     for arm in rest:
