@@ -81,8 +81,8 @@ def write(
     for name, tensor in tensors.items():
         codec = codecs.of(kinds.get(stem(name)))
         correct = feedback is not None and name in summed
-        parts = feedback.pack(summed[name], tensor, codec) if correct else pack(tensor, codec)  # type: ignore[union-attr]
-        out |= {name + (f"/{part}" if part else ""): value for part, value in parts.items()}
+        pieces = feedback.pack(summed[name], tensor, codec) if correct else pack(tensor, codec)  # type: ignore[union-attr]
+        out |= {name + (f"/{part}" if part else ""): value for part, value in pieces.items()}
     return out
 
 
@@ -94,16 +94,16 @@ def read(tensors: Mapping[str, Tensor], codecs: Codecs, kinds: Mapping[str, str]
     for name, tensor in tensors.items():
         if name.endswith("/scale"):
             continue
-        parts = {"": tensor} | ({"scale": tensors[f"{name}/scale"]} if f"{name}/scale" in tensors else {})
+        pieces = {"": tensor} | ({"scale": tensors[f"{name}/scale"]} if f"{name}/scale" in tensors else {})
         try:
-            out[name] = unpack(parts, codecs.of(kinds.get(stem(name))), (None,) * tensor.dim())
+            out[name] = unpack(pieces, codecs.of(kinds.get(stem(name))), (None,) * tensor.dim())
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     return out
 
 
 def pack(tensor: Tensor, codec: Codec) -> dict[str, Tensor]:
-    """Write `tensor` as the parts that travel: "" the values, of its own shape, and for int8 also "scale" (bfloat16).
+    """Write `tensor` as the pieces that travel: "" the values, of its own shape, and for int8 also "scale" (bfloat16).
 
     With "none" the part is the tensor itself, of any dtype, unlooked at. Raises ValueError for a tensor that is not
     floating, not finite, or beyond what the codec holds. Nothing is differentiable through it.
@@ -119,23 +119,25 @@ def pack(tensor: Tensor, codec: Codec) -> dict[str, Tensor]:
     return {"": narrow}
 
 
-def unpack(parts: Mapping[str, Tensor], codec: Codec, shape: tuple[int | None, ...]) -> Tensor:
+def unpack(pieces: Mapping[str, Tensor], codec: Codec, shape: tuple[int | None, ...]) -> Tensor:
     """The tensor that `pack` wrote, in fp32; with "none" as it came. `shape` is the wanted one, None for any size.
 
-    The parts are what the network sent: raises ValueError where they are not what `pack` writes. What a codec other
+    The pieces are what the network sent: raises ValueError where they are not what `pack` writes. What a codec other
     than "none" gives is finite.
     """
     wanted = {"": "its values"} | ({"scale": "its scales"} if codec == "int8" else {})
-    if parts.keys() != wanted.keys():
-        raise ValueError(f"{codec} is the parts {wanted}, got {str(sorted(parts))[:100]}; do both ends run one codec?")
-    values, dtype = parts[""], _DTYPES[codec]
+    if pieces.keys() != wanted.keys():
+        raise ValueError(
+            f"{codec} is the pieces {wanted}, got {str(sorted(pieces))[:100]}; do both ends run one codec?"
+        )
+    values, dtype = pieces[""], _DTYPES[codec]
     if values.dtype != (dtype or values.dtype):
         raise ValueError(f"{codec} holds {dtype}, got {values.dtype}; do both ends run one codec?")
     if not _fits(values, shape):
         want = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"the values have shape {tuple(values.shape)}, wanted {want}")
     if codec == "int8":
-        return _dequantise(values, parts["scale"])
+        return _dequantise(values, pieces["scale"])
     if codec != "none" and not finite(values):
         raise ValueError(f"the {codec} values are not finite; lower the learning rate or clip gradients")
     return values if codec == "none" else values.float()
@@ -180,12 +182,12 @@ class Feedback:
         residual = self._residuals.get(name)
         if residual is not None and residual.shape == total.shape:
             total = total + residual
-        parts = pack(total, codec)
+        pieces = pack(total, codec)
         self._residuals.pop(name, None)
-        self._residuals[name] = unpack(parts, codec, tuple(total.shape)).neg_().add_(total)
+        self._residuals[name] = unpack(pieces, codec, tuple(total.shape)).neg_().add_(total)
         if len(self._residuals) > self._names:
             del self._residuals[next(iter(self._residuals))]
-        return parts
+        return pieces
 
 
 def _quantise(tensor: Tensor) -> dict[str, Tensor]:

@@ -65,8 +65,8 @@ def train(
 
     The order of batches is a function of (seed, round, client, epoch). `schedule` sets the rate of the whole round, by
     its place in the run or in its `phase`; `clip_norm` bounds the norm of each gradient over all parameters. What the
-    method's `begin` finds in the items is in `step.kept["begin"]` from the first step on; `sampling` draws the order of
-    an epoch. Raises ValueError when a loss is not finite: training on would only spread it.
+    method's `begin` finds in the items is in `step.scratch["begin"]` from the first step on; `sampling` draws the order
+    of an epoch. Raises ValueError when a loss is not finite: training on would only spread it.
     """
     began = time.perf_counter()
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]

@@ -24,13 +24,13 @@ def joined(**states: Mapping[str, torch.Tensor]) -> State:
     return {f"{part}/{name}": tensor for part, state in states.items() for name, tensor in state.items()}
 
 
-def parted(tensors: Mapping[str, torch.Tensor], *parts: str) -> tuple[State, ...]:
-    """The states that `joined` put together. Raises ValueError for a tensor of none of these parts."""
-    found: dict[str, State] = {part: {} for part in parts}
+def parted(tensors: Mapping[str, torch.Tensor], *prefixes: str) -> tuple[State, ...]:
+    """The states that `joined` put together. Raises ValueError for a tensor under none of these prefixes."""
+    found: dict[str, State] = {prefix: {} for prefix in prefixes}
     for name, tensor in tensors.items():
         part, _, key = name.partition("/")
         if part not in found:
-            raise ValueError(f"unknown tensor {name!r}; there are {', '.join(f'{part}/...' for part in parts)}")
+            raise ValueError(f"unknown tensor {name!r}; there are {', '.join(f'{prefix}/...' for prefix in prefixes)}")
         found[part][key] = tensor
     return tuple(found.values())
 

@@ -47,7 +47,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """The base embeddings of one kind of positions, image or text, packed over a batch.
 
     `positions_N` index the flattened (B T) axis, in rising order.
@@ -60,12 +60,12 @@ class Part:
 
 @dataclass(frozen=True)
 class LowRank:
-    """One low-rank term on a part of some embeddings, `scale * h B^T` with `h = x A^T`, kept apart for the link.
+    """One low-rank term on a segment of some embeddings, `scale * h B^T` with `h = x A^T`, kept apart for the link.
 
     `A` itself is not here: h is formed where x is, and A's gradient too, from h's.
     """
 
-    part: Part
+    segment: Segment
     h_NR: Float[Tensor, "N R"]
     up_DR: Float[Tensor, "D R"]
     scale: float
@@ -77,9 +77,9 @@ class LowRank:
         The square of the whole gradient by B would be another thing; so it is taken where samples are still apart.
         """
         T = grad_BTD.shape[1]
-        grad_ND = self.scale * grad_BTD.flatten(0, 1)[self.part.positions_N]
+        grad_ND = self.scale * grad_BTD.flatten(0, 1)[self.segment.positions_N]
         squares_DR = torch.zeros_like(self.up_DR)
-        counts = torch.bincount(self.part.positions_N // T, minlength=len(grad_BTD)).tolist()
+        counts = torch.bincount(self.segment.positions_N // T, minlength=len(grad_BTD)).tolist()
         for g_ND, h_NR in zip(grad_ND.split(counts), self.h_NR.split(counts), strict=True):
             squares_DR += (g_ND.T @ h_NR).pow(2)
         return grad_ND @ self.up_DR, squares_DR
@@ -89,7 +89,7 @@ class LowRank:
 class Squares:
     """What a diagonal Fisher needs of the LLM: see `LowRank.squares`, one pair a term.
 
-    `image_ND` is the gradient by the image part, where something trains in front of it.
+    `image_ND` is the gradient by the image segment, where something trains in front of it.
     """
 
     terms: tuple[tuple[Float[Tensor, "_ _"], Float[Tensor, "D _"]], ...]
@@ -98,7 +98,7 @@ class Squares:
 
 @dataclass(frozen=True)
 class Source:
-    """What the parts of a base are formed from, by whoever has connector and token table.
+    """What the segments of a base are formed from, by whoever has connector and token table.
 
     `features_MPE` are those of the M images of the batch in order, and `keys` name the own of each sample with images
     by their content, where they are the same in every epoch. With `image_trains` something trains in front of the LLM
@@ -121,10 +121,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Embeds:
-    """What enters the LLM: the parts of a base, and the low-rank terms that adapters add to them."""
+    """What enters the LLM: the segments of a base, and the low-rank terms that adapters add to them."""
 
     shape: tuple[int, ...]  # (B, T)
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
     terms: tuple[LowRank, ...] = ()
     source: Source | None = None
     embed: Callable[[Tensor], Tensor] | None = None  # of generated tokens; None: the LLM's own table
@@ -133,24 +133,24 @@ class Embeds:
     def whole(base_BTD: Float[Tensor, "B T D"]) -> Embeds:
         """Embeddings of which no more is known than their values."""
         B, T, D = base_BTD.shape
-        return Embeds((B, T), (Part("whole", base_BTD.reshape(B * T, D), torch.arange(B * T)),))
+        return Embeds((B, T), (Segment("whole", base_BTD.reshape(B * T, D), torch.arange(B * T)),))
 
     def dense(self) -> Float[Tensor, "B T D"]:
         """The sum, `base + sum_i scale_i h_i B_i^T`, each term at its own positions; padding is zero."""
         B, T = self.shape
-        first = self.parts[0].x_ND
-        out_ND = first if self.parts[0].kind == "whole" else first.new_zeros(B * T, first.shape[1])
-        for part in self.parts:
-            if part.kind != "whole":
-                out_ND = out_ND.index_copy(0, part.positions_N, part.x_ND)
+        first = self.segments[0].x_ND
+        out_ND = first if self.segments[0].kind == "whole" else first.new_zeros(B * T, first.shape[1])
+        for segment in self.segments:
+            if segment.kind != "whole":
+                out_ND = out_ND.index_copy(0, segment.positions_N, segment.x_ND)
         for term in self.terms:
-            out_ND = out_ND.index_add(0, term.part.positions_N, term.scale * (term.h_NR @ term.up_DR.T))
+            out_ND = out_ND.index_add(0, term.segment.positions_N, term.scale * (term.h_NR @ term.up_DR.T))
         return out_ND.view(B, T, -1)
 
     def squares(self, grad_BTD: Float[Tensor, "B T D"]) -> Squares:
         """What a diagonal Fisher needs, from the gradient of a sum over samples by these embeddings."""
         trained = self.source is not None and self.source.image_trains
-        image_N = next((part.positions_N for part in self.parts if part.kind == "image" and trained), None)
+        image_N = next((segment.positions_N for segment in self.segments if segment.kind == "image" and trained), None)
         image_ND = grad_BTD.flatten(0, 1)[image_N] if image_N is not None else None
         return Squares(tuple(term.squares(grad_BTD) for term in self.terms), image_ND)
 
@@ -189,7 +189,7 @@ class Batch:
 class Step:
     """Where a client stands in its round: `step` of `steps` in `round` of `rounds`, all from 1.
 
-    `anchor` is the state the client received. `kept` is the method's own memory for this client and round; the only
+    `anchor` is the state the client received. `scratch` is the method's own memory for this client and round; the only
     thing here that may be written.
     """
 
@@ -198,7 +198,7 @@ class Step:
     step: int
     steps: int
     anchor: State
-    kept: dict[str, State] = field(default_factory=dict)
+    scratch: dict[str, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

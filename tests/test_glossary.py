@@ -48,6 +48,10 @@ def test_the_finder_finds_every_kind_of_public_name(tmp_path):
     assert "partial" in names and "apart" in names and "_told" not in names and "about" not in names
 
 
+def test_no_public_name_has_a_retired_word():
+    assert not offenders()
+
+
 def retired(name: str) -> set[str]:
     """The retired words in a name, written as `snake_case` or `CamelCase`."""
     return RETIRED & {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}

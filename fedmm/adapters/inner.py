@@ -84,10 +84,10 @@ class Bottleneck(nn.Module):
 class Inner:
     """The adapters inside some modules, and which of their sets act now. The modules are named in their parameters."""
 
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.use: tuple[str, ...] = ()
-        self._parts = parts
-        self._layers = _layers(parts.values()) if parts else []
+        self._modules = modules
+        self._layers = _layers(modules.values()) if modules else []
 
     def act(self, use: Sequence[str]) -> None:
         """Let exactly these sets act, each with weight 1 / len(use). Who is trained stays as it is."""
@@ -105,35 +105,37 @@ class Inner:
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one set, under names that are the same in every set."""
         return {
-            f"{part}.{path.removesuffix('.weight').removesuffix(f'.{name}')}": parameter
-            for part, module in self._parts.items()
+            f"{place}.{path.removesuffix('.weight').removesuffix(f'.{name}')}": parameter
+            for place, module in self._modules.items()
             for path, parameter in module.named_parameters()
             if path.removesuffix(".weight").endswith(tuple(f".{factor}.{name}" for factor in (*DOWN, *UP)))
         }
 
 
-def inject(parts: Sequence[nn.Module], sets: Sequence[str], *, rank: int, alpha: float, targets: Sequence[str]) -> bool:
-    """peft's LoRA, in fp32, wherever `targets` name a module in the parts; says whether they name any."""
+def inject(
+    modules: Sequence[nn.Module], sets: Sequence[str], *, rank: int, alpha: float, targets: Sequence[str]
+) -> bool:
+    """peft's LoRA, in fp32, wherever `targets` name a module within `modules`; says whether they name any."""
     from peft import LoraConfig, LoraModel  # seconds to import
 
-    for part in parts:
-        names = {path.rsplit(".", 1)[-1] for path, _ in part.named_modules()}
+    for module in modules:
+        names = {path.rsplit(".", 1)[-1] for path, _ in module.named_modules()}
         found = [name for name in targets if name in names]
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=found)  # type: ignore[arg-type]
         if found:
-            tuner = LoraModel(part, dict.fromkeys(sets, config), sets[0])
+            tuner = LoraModel(module, dict.fromkeys(sets, config), sets[0])
             for name in sets[1:]:
-                tuner.inject_adapter(part, name)
-    made = [p for part in parts for path, p in part.named_parameters() if "lora_" in path]
+                tuner.inject_adapter(module, name)
+    made = [p for module in modules for path, p in module.named_parameters() if "lora_" in path]
     for parameter in made:
         parameter.data = parameter.data.float()  # as wide as they travel; peft makes them as narrow as the layer
     return bool(made)
 
 
-def _layers(parts: Any) -> list[Any]:
+def _layers(modules: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import
 
-    return [module for part in parts for module in part.modules() if isinstance(module, (BaseTunerLayer, Bottleneck))]
+    return [module for root in modules for module in root.modules() if isinstance(module, (BaseTunerLayer, Bottleneck))]
 
 
 def _nowhere(module: nn.Module, targets: Sequence[str]) -> str:

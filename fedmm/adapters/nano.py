@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedmm.types import LowRank, Part, State, TokenTerm
+from fedmm.types import LowRank, Segment, State, TokenTerm
 
 
 class NanoAdapter(nn.Module):
@@ -30,9 +30,9 @@ class NanoAdapter(nn.Module):
             self.down.copy_(draw(rank, D, generator)[:R])
             self.up.zero_()
 
-    def term(self, part: Part, weight: float, name: str) -> LowRank:
-        """What the adapter adds to a part of the base, times `weight`."""
-        return LowRank(part, part.x_ND @ self.down.T, self.up, weight * self.scale, name)
+    def term(self, segment: Segment, weight: float, name: str) -> LowRank:
+        """What the adapter adds to a segment of the base, times `weight`."""
+        return LowRank(segment, segment.x_ND @ self.down.T, self.up, weight * self.scale, name)
 
     def token_term(self, weight: float) -> TokenTerm:
         return TokenTerm(self.down, self.up, weight * self.scale)

@@ -86,7 +86,7 @@ def sent(schema: AnySchema, rounds: int, names: Iterable[str], round: int | None
     return [name for name in names if fits(f"shared.{name}", patterns)]
 
 
-def kept(schema: AnySchema, rounds: int, names: Iterable[str], round: int | None = None) -> list[str]:
+def private(schema: AnySchema, rounds: int, names: Iterable[str], round: int | None = None) -> list[str]:
     """Those of `names`, with their sets, that a client trained by the end of `round`, or of all, but never sends."""
     trained = {p for r in range(1, (rounds if round is None else round) + 1) for p in schema(r, rounds).trains}
     travels = {pattern for r in range(1, rounds + 1) for pattern in schema(r, rounds).sends}

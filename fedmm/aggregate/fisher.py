@@ -54,7 +54,7 @@ def fisher(
             scale = p / _size(sure, normalise)
             surest[name].addcmul_(sure, delta, value=scale)  # these three are ours: in place, and nothing in between
             certainty[name].add_(sure, alpha=scale)
-            mean[name].lerp_(delta, float(running.part(p, totals[name], delta.dtype)))
+            mean[name].lerp_(delta, float(running.fraction(p, totals[name], delta.dtype)))
     merged = {
         name: torch.where(certainty[name] > floor * total, surest[name] / certainty[name], mean[name])
         for name, total in totals.items()

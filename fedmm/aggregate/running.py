@@ -74,10 +74,10 @@ def step(average: Tensor, value: Tensor, weight: Tensor | float, total: Tensor |
 
     Works coordinate by coordinate where the weights are tensors.
     """
-    return torch.lerp(average, value, part(weight, total, average.dtype))
+    return torch.lerp(average, value, fraction(weight, total, average.dtype))
 
 
-def part(weight: Tensor | float, total: Tensor | float, dtype: torch.dtype) -> Tensor:
+def fraction(weight: Tensor | float, total: Tensor | float, dtype: torch.dtype) -> Tensor:
     """`weight / total`, and 0 where total = 0."""
     weight, total = torch.as_tensor(weight, dtype=dtype), torch.as_tensor(total, dtype=dtype)
     return torch.where(total > 0, weight / total, 0.0)

@@ -110,9 +110,11 @@ def _speed(setting: Setting) -> Iterator[Case]:
         fixed = replace(embeds, terms=())  # as the host sees it once features are there
 
         def one_pass() -> None:
-            leaf = replace(fixed, parts=tuple(replace(p, x_ND=p.x_ND.detach().requires_grad_()) for p in fixed.parts))
+            leaf = replace(
+                fixed, segments=tuple(replace(p, x_ND=p.x_ND.detach().requires_grad_()) for p in fixed.segments)
+            )
             loss = llm.losses([leaf], mask_BT, merged_batch.keep_BA, merged_batch.labels_BA)[0]
-            torch.autograd.grad(loss, [part.x_ND for part in leaf.parts])
+            torch.autograd.grad(loss, [segment.x_ND for segment in leaf.segments])
 
         def one_step() -> None:
             optimizer.zero_grad()

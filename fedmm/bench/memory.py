@@ -1,6 +1,6 @@
 """What a client of LLaVA-1.5-7B takes at its peak: true shapes, random weights, the client's own code, no network.
 
-    first pass      a process of a client's first round: the frozen parts come and are kept, every image is encoded
+    first pass      a process of a client's first round: the frozen modules come and are kept, every image is encoded
     from the cache  a process of any later round: features from the disk, and training steps that no LLM answers, but
                     every gradient by h and B is there
 
@@ -48,7 +48,7 @@ QUESTION_TOKENS, ANSWER_TOKENS = 64, 4  # drawn from the whole vocabulary: hardl
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the client's parts: E encoder width, D LLM width, V vocabulary, R rank."""
+    """Of the client's modules: E encoder width, D LLM width, V vocabulary, R rank."""
 
     E: int
     layers: int
@@ -102,7 +102,7 @@ def _enter(folder: str) -> None:
 def _first(shapes: Shapes) -> dict[str, float]:
     stages = {"imports_gb": _gb(rss_bytes())}
     came = frozen(shapes)
-    machine_cache.save_parts(tree.digest(came), came)
+    machine_cache.save_modules(tree.digest(came), came)
     del came
     stages["peak_until_kept_gb"] = _gb(peak_rss_bytes())
     _ready(shapes, stages)
@@ -133,14 +133,14 @@ def _later(shapes: Shapes) -> list[dict[str, float]]:
 
 
 def _ready(shapes: Shapes, stages: dict[str, float]) -> tuple[NanoEdge, list[Prepared]]:
-    """What a client does before it trains, as in `take_part`."""
+    """What a client does before it trains, as in `carry_out`."""
     cfg, digest = load([f"edge.rank={shapes.R}"]), next((machine_cache.home() / "edge").iterdir()).stem
-    parts = machine_cache.load_parts(digest)
-    assert parts is not None
-    encoder = build.cached_encoder(cfg, parts, digest)
+    modules = machine_cache.load_modules(digest)
+    assert modules is not None
+    encoder = build.cached_encoder(cfg, modules, digest)
     assert encoder is not None
-    shared = base(parts, parts.rows("table"))
-    edge, processor = build.build_edge(cfg, parts, encoder=False, shared=shared)
+    shared = base(modules, modules.rows("table"))
+    edge, processor = build.build_edge(cfg, modules, encoder=False, shared=shared)
     edge.reset(seeds.generator(0, "adapters"))
     items = prepare([_example(shapes, i) for i in range(SAMPLES)], processor, "<image> {question}", encoder)
     stages["built_gb"] = _gb(rss_bytes())
@@ -158,17 +158,17 @@ class Answerless:
 
 
 def frozen(shapes: Shapes) -> State:
-    """Random frozen parts in fp16, under the names that those of a whole model have."""
+    """Random frozen modules in fp16, under the names that those of a whole model have."""
     generator = seeds.generator(0, "frozen")
-    parts = {
+    modules = {
         name: torch.empty(size, dtype=torch.float16).normal_(std=0.02, generator=generator)
         for name, size in sizes(shapes).items()
     }
-    return parts | take_files(_config(shapes), _processor(shapes))
+    return modules | take_files(_config(shapes), _processor(shapes))
 
 
 def sizes(shapes: Shapes) -> dict[str, torch.Size]:
-    """The shape of each tensor of the frozen parts."""
+    """The shape of each tensor of the frozen modules."""
     from transformers import AutoModel
 
     with torch.device("meta"):

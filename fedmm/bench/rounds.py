@@ -28,7 +28,7 @@ from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.edge.prepare import encode, prepare
 from fedmm.edge.prepared import Prepared
-from fedmm.federation.build import Whole, held_parts, initial_state, local_model, partition, splits, whole
+from fedmm.federation.build import Whole, client_shards, initial_state, local_model, partition, splits, whole
 from fedmm.flower.inprocess import InProcessGrid
 from fedmm.flower.nodes import find_clients
 from fedmm.flower.rounds import run_arm
@@ -52,35 +52,35 @@ FIXED_SECONDS = 0.05  # of a client whose backbone and settings are those of the
 
 def cases(size: Size) -> Iterator[Case]:
     """Seconds of a round, without a bar; seconds of a client beside its training."""
-    held = whole(load())
+    loaded = whole(load())
     for arm in ARMS:
         overrides = [*ASKED, *SIZES[size], f"arm={arm}"]
         cfg = load(overrides)
-        before, rounds, after = _alone(cfg, held), _rounds(cfg, overrides, held), _alone(cfg, held)
+        before, rounds, after = _alone(cfg, loaded), _rounds(cfg, overrides, loaded), _alone(cfg, loaded)
         value, alone = statistics.median(rounds), (before + after) / 2
         detail = {"local": alone, "ratio": value / alone, "median_of": len(rounds)}
         yield Case("rounds", f"a round of {cfg.label}", value, "s", detail=detail)
     for clients in CLIENTS[size]:
         overrides = [*ASKED, "arm=fedavg", "rounds=2", f"dataset.train={20 * clients}", f"clients={clients}"]
-        value = statistics.median(_fixed(load(overrides), overrides, held))
+        value = statistics.median(_fixed(load(overrides), overrides, loaded))
         bar = FIXED_SECONDS if size == "real" else None
         yield Case("rounds", f"a client beside its training, of {clients}", value, "s", bar, detail={"round": 2})
 
 
-def _rounds(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
+def _rounds(cfg: Config, overrides: list[str], loaded: Whole) -> list[float]:
     """Seconds of the rounds after the first."""
-    rows = _rows(cfg, overrides, held, "events.jsonl")
+    rows = _rows(cfg, overrides, loaded, "events.jsonl")
     return [row["seconds"] for row in rows if row["event"] == events.RoundEnded.kind and row["round"] > 1]
 
 
-def _fixed(cfg: Config, overrides: list[str], held: Whole) -> list[float]:
+def _fixed(cfg: Config, overrides: list[str], loaded: Whole) -> list[float]:
     """Each client's seconds in the second round, less those of its training; nobody is scored in it."""
-    rows = _rows(cfg, overrides, held, "ledger.jsonl")
+    rows = _rows(cfg, overrides, loaded, "ledger.jsonl")
     second = [row for row in rows if row["kind"] == "client" and row["round"] == 2]
     return [row["seconds"] - row["train_seconds"] - row["fisher_seconds"] for row in second]
 
 
-def _rows(cfg: Config, overrides: list[str], held: Whole, name: str) -> list[dict[str, Any]]:
+def _rows(cfg: Config, overrides: list[str], loaded: Whole, name: str) -> list[dict[str, Any]]:
     """What a whole run in this process writes into a file of its folder."""
     with (
         TemporaryDirectory() as path,
@@ -89,18 +89,18 @@ def _rows(cfg: Config, overrides: list[str], held: Whole, name: str) -> list[dic
         closing(Store(memory_bytes=cfg.link.cache_memory_mb << 20)) as store,
     ):
         folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
-        run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.log), cfg, overrides, held, folder, store)
+        run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.log), cfg, overrides, loaded, folder, store)
         return list(folder.rows(name))
 
 
-def _alone(cfg: Config, held: Whole) -> float:
+def _alone(cfg: Config, loaded: Whole) -> float:
     """Seconds of one round's training and Fisher of all clients, with the LLM in this process."""
-    model, processor = local_model(cfg, held)
+    model, processor = local_model(cfg, loaded)
     indices, examples = partition(cfg, "train"), splits(cfg)["train"]
     seconds = 0.0
     for client in [0] if cfg.pooled else range(cfg.clients):
-        own = [examples[i] for part in held_parts(cfg, client) for i in indices[part]]
-        items = encode(model.edge, prepare(own, processor, held.backbone.prompt))
+        own = [examples[i] for part in client_shards(cfg, client) for i in indices[part]]
+        items = encode(model.edge, prepare(own, processor, loaded.backbone.prompt))
         began = time.perf_counter()
         _train(cfg, client, model, items)
         seconds += time.perf_counter() - began

@@ -19,7 +19,7 @@ from fedmm.adapters.nano import cut
 from fedmm.aggregate import lowrank
 from fedmm.bounds import Mistake, hints_of
 from fedmm.config import targets
-from fedmm.config.derived import at_client, is_loopback, own_rank, per_round, zeros
+from fedmm.config.derived import at_client, client_rank, is_loopback, per_round, zeros
 from fedmm.config.settings import AT_LEAST, AT_MOST, ONE_OF, SETS, Config, ConfigError
 from fedmm.config.targets import locate, make
 from fedmm.types import ANCHORED, State, Update
@@ -280,7 +280,7 @@ def _rehearse(cfg: Config) -> Iterator[Mistake]:
 
 def _travels(cfg: Config, schema: Any, one_set: State, current: State) -> Iterator[Mistake]:
     """What the schema leaves at the clients."""
-    stay = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in one_set])
+    stay = schemas.private(schema, cfg.rounds, [f"shared.{name}" for name in one_set])
     if stay and not current:
         yield Mistake(
             "schema",
@@ -312,7 +312,7 @@ def _low_rank(cfg: Config, one_set: State) -> Iterator[Mistake]:
 def _rehearse_round(
     cfg: Config, round: int, schema: Any, rule: Any, one_set: State, current: State
 ) -> Iterator[Mistake]:
-    clients = sorted(range(cfg.clients), key=lambda client: own_rank(cfg, client))[: max(per_round(cfg), 0)]
+    clients = sorted(range(cfg.clients), key=lambda client: client_rank(cfg, client))[: max(per_round(cfg), 0)]
     names = schemas.sent(schema, cfg.rounds, one_set, round)
     every = [f"{name}.{key}" for name in cfg.method.sets for key in zeros(cfg)]
     if every and not any(schemas.fits(name, schema(round, cfg.rounds).trains) for name in every):
@@ -330,5 +330,5 @@ def _rehearse_round(
 
 
 def _alike(cfg: Config, client: int, delta: State) -> Update:
-    delta = {name: torch.ones_like(tensor) for name, tensor in cut(delta, own_rank(cfg, client)).items()}
+    delta = {name: torch.ones_like(tensor) for name, tensor in cut(delta, client_rank(cfg, client)).items()}
     return Update(client, delta, 1, None if cfg.method.fisher is None else delta)

@@ -79,7 +79,7 @@ def host_limits(cfg: Config) -> Limits:
     )
 
 
-def own_rank(cfg: Config, client: int) -> int:
+def client_rank(cfg: Config, client: int) -> int:
     """The rank of a client's NanoAdapters."""
     return cfg.edge.ranks[client % len(cfg.edge.ranks)] if cfg.edge.ranks else cfg.edge.rank
 
@@ -87,14 +87,14 @@ def own_rank(cfg: Config, client: int) -> int:
 def personal(cfg: Any) -> bool:
     """Whether each client ends with a model of its own: it keeps something that acts."""
     acting = {"shared" if name == "frozen" else name for name in cfg.method.use}
-    return any(name.split(".")[0] in acting for name in kept(cfg))
+    return any(name.split(".")[0] in acting for name in private_names(cfg))
 
 
-def kept(cfg: Any) -> list[str]:
+def private_names(cfg: Any) -> list[str]:
     """What clients train and never send, with its set in front."""
     names = [f"{name}.{key}" for name in cfg.method.sets for key in zeros(cfg)]
     schema = make(cfg.get("schema")) or schemas.everything  # of a run from before there were schemas
-    return schemas.kept(schema, cfg.rounds, names)
+    return schemas.private(schema, cfg.rounds, names)
 
 
 def privacy(cfg: Config) -> Privacy:
@@ -102,7 +102,7 @@ def privacy(cfg: Config) -> Privacy:
     such a shared set."""
     if cfg.link.local != "dense":
         return EVERYTHING_MAY_LEAVE
-    sets = {name.split(".")[0] for name in kept(cfg)}
+    sets = {name.split(".")[0] for name in private_names(cfg)}
     return Privacy(frozenset(sets | ({"frozen"} if "shared" in sets else set())))
 
 

@@ -47,7 +47,11 @@ def environment() -> tuple[str, ...]:
     return tuple(os.environ.get(f"FEDMM_{name}", "") for name in ("DATA", "ALLOW_TARGETS", "CONF"))
 
 
-_MOVED = {"fedmm.edge.schema.": "fedmm.adapters.schema.", "fedmm.edge.inner.": "fedmm.adapters.inner."}
+_MOVED = {
+    "fedmm.edge.schema.": "fedmm.adapters.schema.",
+    "fedmm.edge.inner.": "fedmm.adapters.inner.",
+    "fedmm.stages.captions.own": "fedmm.stages.captions.by_host",
+}
 
 
 def renamed(text: str) -> str:

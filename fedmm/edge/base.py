@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from fedmm.types import Part
+from fedmm.types import Segment
 
 KEY_BYTES = 16
 KINDS = ("image", "text")
@@ -56,17 +56,17 @@ def feature_width(connector: nn.Module) -> int:
     return next(module.in_features for module in connector.modules() if isinstance(module, nn.Linear))
 
 
-def image_part(connector: nn.Module, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Part:
+def image_segment(connector: nn.Module, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Segment:
     """The connector's outputs at the image positions. Raises ValueError where there are not as many of both."""
     x_ND = connector(features_MPE).flatten(0, 1)
     if len(image_N) != len(x_ND):
         raise ValueError(f"{len(image_N)} image positions for {len(x_ND)} image features")
-    return Part("image", x_ND, image_N)
+    return Segment("image", x_ND, image_N)
 
 
-def text_part(table_VD: Table, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
+def text_segment(table_VD: Table, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Segment:
     """The token table, looked up where it is needed and nowhere else, in fp32."""
-    return Part("text", table_VD[tokens_BT.flatten()[text_N]].float(), text_N)
+    return Segment("text", table_VD[tokens_BT.flatten()[text_N]].float(), text_N)
 
 
 def positions(image_BT: Bool[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The encoder: pixels in, features out; and, while it is frozen, only where nobody has kept them from before.
 
-A sample's features are stored under a hash of everything that their bits depend on: the frozen parts (the owner), its
+A sample's features are stored under a hash of everything that their bits depend on: the frozen modules (the owner), its
 images, the codec that rounds them, the number of threads and the libraries. So nothing stale is ever found, and what a
 store forgot is made again with the same bits.
 """
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 class CachedEncoder:
     """The features of samples: from a store, else by the encoder, which is built when one is missing.
 
-    `owner` names the frozen parts, encoder and processor among them. Not for use from several threads.
+    `owner` names the frozen modules, encoder and processor among them. Not for use from several threads.
     """
 
     def __init__(self, build: Callable[[], Encoder], store: Store, owner: str, codec: codecs.Codec = "none") -> None:

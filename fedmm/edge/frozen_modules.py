@@ -1,4 +1,4 @@
-"""Between a whole LLaVA and the frozen parts a client runs: taken out at the host, put together again at the client.
+"""Between a whole LLaVA and the frozen modules a client runs: taken out at the host, put together again at the client.
 
 What travels is one dict of tensors: encoder, connector, token table, and the processor's files as bytes. A client so
 needs neither a model hub nor the LLM. Its hash names it, at the host, on the link and in the client's cache.
@@ -43,16 +43,16 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def take(model: LlavaForConditionalGeneration, processor: ProcessorMixin) -> State:
-    """The frozen parts of a LLaVA, and config and processor as files, in one dict of tensors."""
-    parts: State = {}
+    """The frozen modules of a LLaVA, and config and processor as files, in one dict of tensors."""
+    modules: State = {}
     for name, module in (("encoder", model.model.vision_tower), ("connector", model.model.multi_modal_projector)):
-        parts |= {f"{name}/{key}": tensor.detach().cpu() for key, tensor in module.state_dict().items()}
-    parts["table"] = model.get_input_embeddings().weight.detach().cpu()
-    return parts | take_files(model.config, processor)
+        modules |= {f"{name}/{key}": tensor.detach().cpu() for key, tensor in module.state_dict().items()}
+    modules["table"] = model.get_input_embeddings().weight.detach().cpu()
+    return modules | take_files(model.config, processor)
 
 
 def take_files(config: PretrainedConfig, processor: ProcessorMixin) -> State:
-    """Config and processor as files, as they are among the frozen parts."""
+    """Config and processor as files, as they are among the frozen modules."""
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -60,26 +60,26 @@ def take_files(config: PretrainedConfig, processor: ProcessorMixin) -> State:
         return {f"file/{path.name}": _as_tensor(path.read_bytes()) for path in paths}
 
 
-def with_compact(parts: State, plan: Plan, state: State) -> State:
-    """The frozen parts with a compact encoder, its state given, in the place of the large one."""
-    kept = {name: tensor for name, tensor in parts.items() if not name.startswith("encoder/")}
+def with_compact(modules: State, plan: Plan, state: State) -> State:
+    """The frozen modules with a compact encoder, its state given, in the place of the large one."""
+    kept = {name: tensor for name, tensor in modules.items() if not name.startswith("encoder/")}
     own = {f"encoder/{name}": tensor for name, tensor in state.items()}
     return kept | own | {_COMPACT: _as_tensor(json.dumps(asdict(plan)).encode())}
 
 
-def empty_compact(parts: Mapping[str, torch.Tensor], plan: Plan) -> Compact:
-    """A compact encoder that stands for the large one of these parts, its values not yet set.
+def empty_compact(modules: Mapping[str, torch.Tensor], plan: Plan) -> Compact:
+    """A compact encoder that stands for the large one of these modules, its values not yet set.
 
     Raises ValueError where the large one's features are no square grid.
     """
-    places = _processor(parts).places
+    places = _processor(modules).places
     grid = math.isqrt(places)
     if grid**2 != places:
         raise ValueError(f"compact={plan.layer} needs a square grid of features, the LLM has {places} places an image")
-    return Compact(plan, grid, feature_width(build_base(parts)[0]))
+    return Compact(plan, grid, feature_width(build_base(modules)[0]))
 
 
-def describe(model: LlavaForConditionalGeneration, parts: State, prompt: str) -> dict[str, Any]:
+def describe(model: LlavaForConditionalGeneration, modules: State, prompt: str) -> dict[str, Any]:
     """What a client must know of the backbone, small enough for a header; and what it saves by not running the LLM."""
     text = model.config.get_text_config()
     return {
@@ -89,9 +89,9 @@ def describe(model: LlavaForConditionalGeneration, parts: State, prompt: str) ->
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt": prompt,
         "stop_tokens": stop_tokens(model),
-        "edge": tree.digest(parts),
-        "edge_bytes": tree.size_bytes(parts),
-        "edge_parameters": sum(t.numel() for name, t in parts.items() if not name.startswith("file/")),
+        "edge": tree.digest(modules),
+        "edge_bytes": tree.size_bytes(modules),
+        "edge_parameters": sum(t.numel() for name, t in modules.items() if not name.startswith("file/")),
         "model_parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -112,61 +112,69 @@ class Base:
     processor: Processor
 
 
-def base(parts: Mapping[str, torch.Tensor], table: Table | None = None) -> Base:
+def base(modules: Mapping[str, torch.Tensor], table: Table | None = None) -> Base:
     """The base from what `take` gave; `table` is another way to the rows of its token table."""
-    connector, table_VD = build_base(parts)
-    return Base(connector, table_VD if table is None else table, _processor(parts))
+    connector, table_VD = build_base(modules)
+    return Base(connector, table_VD if table is None else table, _processor(modules))
 
 
 # parameters: what an edge is made of; NanoEdge takes the same, and a record between them would say it twice
 def build(
-    parts: Mapping[str, torch.Tensor],
+    modules: Mapping[str, torch.Tensor],
     *,
     encoder: bool = True,
     shared: Base | None = None,
     sets: Sequence[str] = ("shared",),
     rank: int = 16,
     alpha: float = 32.0,
-    own_rank: int | None = None,
+    client_rank: int | None = None,
     lora: Lora | None = None,
     decoder: nn.Module | None = None,
 ) -> tuple[NanoEdge, Processor]:
     """A NanoEdge, with its encoder or without, and its processor from what `take` gave. Raises ValueError for others.
 
-    The frozen parts compute in fp32 whatever they are stored in; the table stays as it is stored. They are built anew
+    The frozen modules compute in fp32 whatever they are stored in; the table stays as it is stored. They are built anew
     unless `shared` has them; LoRA goes into a copy of its connector.
     """
-    tower, own = build_encoder(parts) if encoder else None, shared or base(parts)
+    tower, own = build_encoder(modules) if encoder else None, shared or base(modules)
     connector = copy.deepcopy(own.connector) if lora else own.connector
     edge = NanoEdge(
-        tower, connector, own.table, sets=sets, rank=rank, alpha=alpha, own_rank=own_rank, lora=lora, decoder=decoder
+        tower,
+        connector,
+        own.table,
+        sets=sets,
+        rank=rank,
+        alpha=alpha,
+        client_rank=client_rank,
+        lora=lora,
+        decoder=decoder,
     )
     return edge, own.processor
 
 
-def build_encoder(parts: Mapping[str, torch.Tensor]) -> Encoder:
+def build_encoder(modules: Mapping[str, torch.Tensor]) -> Encoder:
     """The encoder, in fp32, from what `take` gave."""
     from transformers import AutoModel
 
-    if _COMPACT in parts:
-        compact = _load(lambda: empty_compact(parts, _plan(parts)), "encoder", parts)
+    if _COMPACT in modules:
+        compact = _load(lambda: empty_compact(modules, _plan(modules)), "encoder", modules)
         return Encoder(compact, layer=0, drop_first=False)
-    config = _config(parts)
+    config = _config(modules)
     # fp32 by name: else transformers takes the checkpoint's dtype and sets it as torch's default, in every thread
     tower = _load(
         lambda: AutoModel.from_config(
             config.vision_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         ),
         "encoder",
-        parts,
+        modules,
     )
     drop_first = config.vision_feature_select_strategy == "default"
     return Encoder(tower, layer=config.vision_feature_layer, drop_first=drop_first)
 
 
-def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tensor]:
+def build_base(modules: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tensor]:
     """Connector, in fp32, and token table from what `take` gave: what forms a base, at a client and at the host."""
-    config = _config(parts)
+    config = _config(modules)
     layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     connector = _load(
         lambda: Connector(
@@ -176,53 +184,53 @@ def build_base(parts: Mapping[str, torch.Tensor]) -> tuple[Connector, torch.Tens
             bias=config.multimodal_projector_bias,
         ),
         "connector",
-        parts,
+        modules,
     )
-    return connector.eval().requires_grad_(False), parts["table"]
+    return connector.eval().requires_grad_(False), modules["table"]
 
 
-def _processor(parts: Mapping[str, torch.Tensor]) -> Processor:
-    config = _config(parts)
-    numbers = _file(parts, "processor_config.json")
+def _processor(modules: Mapping[str, torch.Tensor]) -> Processor:
+    config = _config(modules)
+    numbers = _file(modules, "processor_config.json")
     side = config.vision_config.image_size // numbers["patch_size"]
     first = numbers.get("num_additional_image_tokens", 0) - (numbers["vision_feature_select_strategy"] == "default")
     return Processor(
-        _tokenizer(parts),
+        _tokenizer(modules),
         placeholder=config.image_token_id,
         places=side * side + first,
-        load_images=functools.cache(functools.partial(_images, parts)),
+        load_images=functools.cache(functools.partial(_images, modules)),
     )
 
 
-def _images(parts: Mapping[str, torch.Tensor]) -> Any:
-    if _COMPACT in parts:
-        side = _plan(parts).side
+def _images(modules: Mapping[str, torch.Tensor]) -> Any:
+    if _COMPACT in modules:
+        side = _plan(modules).side
         return lambda images, return_tensors: {"pixel_values": pixels(images, side)}
     from transformers import AutoImageProcessor
 
-    kind = _file(parts, "processor_config.json").get("image_processor", {}).get("image_processor_type")
+    kind = _file(modules, "processor_config.json").get("image_processor", {}).get("image_processor_type")
     if kind not in _IMAGE_PROCESSORS:
         raise ValueError(f"the host's image processor is {kind!r}; a client runs {', '.join(_IMAGE_PROCESSORS)}")
     with tempfile.TemporaryDirectory() as folder:
-        raw = parts["file/processor_config.json"].numpy().tobytes()
+        raw = modules["file/processor_config.json"].numpy().tobytes()
         (Path(folder) / "processor_config.json").write_bytes(raw)
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _tokenizer(parts: Mapping[str, torch.Tensor]) -> Any:
+def _tokenizer(modules: Mapping[str, torch.Tensor]) -> Any:
     """The tokenizer, from its one file and the names of its special tokens; no other field of the host's is used."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if "file/tokenizer.json" not in parts:
+    if "file/tokenizer.json" not in modules:
         raise ValueError("the host's tokenizer has no tokenizer.json; give the server a model with a fast tokenizer")
-    config = _file(parts, "tokenizer_config.json")
+    config = _file(modules, "tokenizer_config.json")
     special = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
     if odd := [name for name, token in special.items() if not isinstance(token, str)]:
         raise ValueError(f"the host's tokenizer has {special[odd[0]]!r} as its {odd[0]}, wanted a text")
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(parts["file/tokenizer.json"].numpy().tobytes().decode()),
+        tokenizer_object=Tokenizer.from_str(modules["file/tokenizer.json"].numpy().tobytes().decode()),
         clean_up_tokenization_spaces=bool(config.get("clean_up_tokenization_spaces", False)),
         **special,
     )
@@ -232,49 +240,49 @@ def _as_tensor(raw: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
 
 
-def _plan(parts: Mapping[str, torch.Tensor]) -> Plan:
-    return Plan(**_file(parts, _COMPACT.removeprefix("file/")))
+def _plan(modules: Mapping[str, torch.Tensor]) -> Plan:
+    return Plan(**_file(modules, _COMPACT.removeprefix("file/")))
 
 
-def _config(parts: Mapping[str, torch.Tensor]) -> Any:
+def _config(modules: Mapping[str, torch.Tensor]) -> Any:
     """The model's configuration, if it is one that clients know: transformers has classes that load files, or models
     of a hub, by names that their configuration holds."""
     from transformers import LlavaConfig
 
-    config = _file(parts, "config.json")
+    config = _file(modules, "config.json")
     vision = config.get("vision_config")
     vision = vision if isinstance(vision, dict) else {}
     kinds = config.get("model_type"), vision.get("model_type")
     if kinds[0] != "llava" or kinds[1] not in _VISION_MODELS:
         raise ValueError(f"the host's model is {kinds}; a client runs llava with {', '.join(_VISION_MODELS)}")
-    if isinstance(layers := vision.get("num_hidden_layers"), int) and layers > len(parts):
-        raise ValueError(f"the host's config says {layers} layers, and it sent {len(parts)} tensors")
+    if isinstance(layers := vision.get("num_hidden_layers"), int) and layers > len(modules):
+        raise ValueError(f"the host's config says {layers} layers, and it sent {len(modules)} tensors")
     return LlavaConfig.from_dict(config)
 
 
-def _file(parts: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
+def _file(modules: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
     """One of the host's JSON files. Raises ValueError where it is missing or no object."""
-    if f"file/{name}" not in parts:
+    if f"file/{name}" not in modules:
         raise ValueError(f"the host sent no {name}")
-    value = json.loads(parts[f"file/{name}"].numpy().tobytes())
+    value = json.loads(modules[f"file/{name}"].numpy().tobytes())
     if not isinstance(value, dict):
         raise ValueError(f"the host's {name} is no JSON object")
     return value
 
 
-def _load(make: Callable[[], _Module], part: str, parts: Mapping[str, torch.Tensor]) -> _Module:
+def _load(make: Callable[[], _Module], part: str, modules: Mapping[str, torch.Tensor]) -> _Module:
     """Make a module and copy one part into it, a tensor at a time: mapped from a file, it is so never in memory whole.
 
     Names and shapes are compared first, on a module without memory: a config of a kilobyte may name gigabytes.
     """
     with torch.device("meta"):
         wanted = {f"{part}/{name}": tensor.shape for name, tensor in make().state_dict().items()}
-    if odd := wanted.keys() ^ {name for name in parts if name.startswith(f"{part}/")}:
+    if odd := wanted.keys() ^ {name for name in modules if name.startswith(f"{part}/")}:
         raise ValueError(f"the host's {part} is not what its config says: {sorted(odd)[:3]}")
     for name, shape in wanted.items():
-        if (came := parts[name].shape) != shape:
+        if (came := modules[name].shape) != shape:
             raise ValueError(f"{name!r} has shape {tuple(came)}, the host's config says {tuple(shape)}")
     module = make()
     for name, tensor in module.state_dict().items():
-        tensor.copy_(parts[f"{part}/{name}"])
+        tensor.copy_(modules[f"{part}/{name}"])
     return module

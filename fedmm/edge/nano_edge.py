@@ -1,4 +1,4 @@
-"""The NanoEdge: image and question in, `Embeds` for the LLM out. Its frozen parts come from the host.
+"""The NanoEdge: image and question in, `Embeds` for the LLM out. Its frozen modules come from the host.
 
     base = connector(encoder(image)) at image positions, token table at text positions
     out  = base + sum over the adapters in use of (1 / how many) * their low-rank term
@@ -25,7 +25,7 @@ from fedmm.edge import base
 from fedmm.edge.encoder import Encoder
 from fedmm.edge.folding import base_of, embed_of
 from fedmm.edge.sets import Edge
-from fedmm.types import Batch, Embeds, LowRank, Part, Source, State, TokenTerm
+from fedmm.types import Batch, Embeds, LowRank, Segment, Source, State, TokenTerm
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NanoEdge(Edge):
         sets: Sequence[str] = ("shared",),
         rank: int = 16,
         alpha: float = 32.0,
-        own_rank: int | None = None,
+        client_rank: int | None = None,
         lora: Lora | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
@@ -64,16 +64,16 @@ class NanoEdge(Edge):
         self.table_VD = table_VD
         self.decoder, self.rank = decoder, rank
         self._kinds = base.KINDS if rank else ()
-        about = table_VD.shape[1], own_rank or rank, alpha / max(1, rank)
+        about = table_VD.shape[1], client_rank or rank, alpha / max(1, rank)
         self.adapters = nn.ModuleDict(
             {name: nn.ModuleDict({kind: NanoAdapter(*about) for kind in self._kinds}) for name in sets}
         )
         self.lora = bool(lora and lora.rank)
-        parts: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         if lora and lora.rank:
-            parts = {"encoder": cast(Encoder, encoder).tower, "connector": connector}
-            _inject(parts, sets, lora)
-        self.inner = inner.Inner(parts if decoder is None else parts | {"llm": decoder})
+            modules = {"encoder": cast(Encoder, encoder).tower, "connector": connector}
+            _inject(modules, sets, lora)
+        self.inner = inner.Inner(modules if decoder is None else modules | {"llm": decoder})
 
     def fold(self, state: State, scale: float) -> None:
         """Put what `rule=stack` folded under the adapters; once, for it is not taken out again."""
@@ -88,24 +88,26 @@ class NanoEdge(Edge):
         bases = [self._base(batch, use) for use in uses] if self.lora else [self._base(batch, uses[0])] * len(uses)
         shape = tuple(batch.tokens_BT.shape)
         return [
-            Embeds(shape, parts, self._terms(parts, use), source, embed_of(self.table_VD))
-            for (parts, source), use in zip(bases, uses, strict=True)
+            Embeds(shape, segments, self._terms(segments, use), source, embed_of(self.table_VD))
+            for (segments, source), use in zip(bases, uses, strict=True)
         ]
 
-    def _base(self, batch: Batch, use: Sequence[str]) -> tuple[tuple[Part, ...], Source]:
+    def _base(self, batch: Batch, use: Sequence[str]) -> tuple[tuple[Segment, ...], Source]:
         self.inner.act(use)
         features_MPE = self._features(batch)
         image_N, text_N = base.positions(batch.image_BT, batch.mask_BT)
-        parts = (
-            base.image_part(self.connector, features_MPE, image_N),
-            base.text_part(self.table_VD, batch.tokens_BT, text_N),
+        segments = (
+            base.image_segment(self.connector, features_MPE, image_N),
+            base.text_segment(self.table_VD, batch.tokens_BT, text_N),
         )
         features = None if self.lora else features_MPE
-        return parts, Source(batch.tokens_BT, batch.image_BT, self.lora, features, batch.keys)
+        return segments, Source(batch.tokens_BT, batch.image_BT, self.lora, features, batch.keys)
 
-    def _terms(self, parts: tuple[Part, ...], use: Sequence[str]) -> tuple[LowRank, ...]:
-        pairs = [(name, part) for name in use for part in parts if part.kind in self._kinds]
-        return tuple(self._adapter(n, part.kind).term(part, 1 / len(use), f"{n}.{part.kind}") for n, part in pairs)
+    def _terms(self, segments: tuple[Segment, ...], use: Sequence[str]) -> tuple[LowRank, ...]:
+        pairs = [(name, segment) for name in use for segment in segments if segment.kind in self._kinds]
+        return tuple(
+            self._adapter(n, segment.kind).term(segment, 1 / len(use), f"{n}.{segment.kind}") for n, segment in pairs
+        )
 
     def _features(self, batch: Batch) -> Float[Tensor, "M P E"]:
         if batch.features_MPE is not None:
@@ -150,6 +152,6 @@ class NanoEdge(Edge):
         return adapter
 
 
-def _inject(parts: Mapping[str, nn.Module], sets: Sequence[str], lora: Lora) -> None:
-    if not inner.inject(list(parts.values()), sets, rank=lora.rank, alpha=float(lora.alpha), targets=lora.targets):
+def _inject(modules: Mapping[str, nn.Module], sets: Sequence[str], lora: Lora) -> None:
+    if not inner.inject(list(modules.values()), sets, rank=lora.rank, alpha=float(lora.alpha), targets=lora.targets):
         raise ValueError(f"edge.lora.targets={list(lora.targets)} names no module of the encoder or connector")

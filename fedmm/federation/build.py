@@ -16,7 +16,7 @@ from fedmm import seeds
 from fedmm.adapters import schema as schemas
 from fedmm.adapters.nano import cut
 from fedmm.codecs import Codecs
-from fedmm.config.derived import at_client, own_rank, privacy
+from fedmm.config.derived import at_client, client_rank, privacy
 from fedmm.config.settings import Config
 from fedmm.config.targets import make
 from fedmm.data.views import rank
@@ -43,10 +43,10 @@ Dataset = Callable[[], dict[str, Sequence[Example]]]
 
 @dataclass(frozen=True)
 class Whole:
-    """A backbone in this process, the frozen parts taken out of it, and its card."""
+    """A backbone in this process, the frozen modules taken out of it, and its card."""
 
     backbone: Backbone
-    parts: State
+    modules: State
     card: dict[str, Any]
 
 
@@ -55,13 +55,13 @@ def whole(cfg: Config) -> Whole:
     return _whole(OmegaConf.to_yaml({key: value for key, value in cfg.llm.items() if key != "where"}))
 
 
-def for_arm(cfg: Config, held: Whole, compact: State | None) -> Whole:
+def for_arm(cfg: Config, loaded: Whole, compact: State | None) -> Whole:
     """What an arm makes of the backbone that all arms share: its card names the classes of a classifier, or the values
     of a compact encoder stand in the place of its own."""
-    return head_of(cfg).of_arm(held, compact)
+    return head_of(cfg).of_arm(loaded, compact)
 
 
-def held_parts(cfg: Config, client: int) -> list[int]:
+def client_shards(cfg: Config, client: int) -> list[int]:
     """The parts of the data that a client trains on."""
     return list(range(cfg.clients)) if cfg.pooled else [client]
 
@@ -94,23 +94,23 @@ def initial_state(cfg: Config, edge: Edge, name: str) -> State:
     return edge.state(name)
 
 
-def server_start(cfg: Config, held: Whole, compact: State | None = None) -> tuple[State, State]:
+def server_start(cfg: Config, loaded: Whole, compact: State | None = None) -> tuple[State, State]:
     """What the server starts from: of the shared set, what some round sends; a classifier's trunk is the compact
     encoder's, pretrained or not. And beside it what nobody trains or sends, such as the A of FFA-LoRA: it stays at the
     common start with everybody."""
     if "shared" not in cfg.method.sets:
         return {}, {}
-    state, schema = initial_state(cfg, server_edge(cfg, held), "shared"), make(cfg.schema)
+    state, schema = initial_state(cfg, server_edge(cfg, loaded), "shared"), make(cfg.schema)
     state |= {name: tensor for name, tensor in (compact or {}).items() if name in state}
     sent = schemas.sent(schema, cfg.rounds, state)
-    stay = schemas.kept(schema, cfg.rounds, [f"shared.{name}" for name in state])
+    stay = schemas.private(schema, cfg.rounds, [f"shared.{name}" for name in state])
     moved = {*sent, *(name.removeprefix("shared.") for name in stay)}
     return {name: state[name] for name in sent}, {name: state[name] for name in state if name not in moved}
 
 
 def state_for(cfg: Config, client: int, current: State) -> State:
     """What of the server's state a client gets: at the client's rank."""
-    return cut(current, own_rank(cfg, client))
+    return cut(current, client_rank(cfg, client))
 
 
 def update_of(cfg: Config, round: int, client: int, current: State) -> State:
@@ -121,14 +121,14 @@ def update_of(cfg: Config, round: int, client: int, current: State) -> State:
 
 def build_edge(
     cfg: Config,
-    parts: Mapping[str, Tensor],
+    modules: Mapping[str, Tensor],
     *,
     client: int | None = None,
     encoder: bool = True,
     shared: frozen_modules.Base | None = None,
     decoder: nn.Module | None = None,
 ) -> tuple[NanoEdge, Processor]:
-    """The NanoEdge that `cfg` asks for from the frozen parts of the host: the server's own, or a client's.
+    """The NanoEdge that `cfg` asks for from the frozen modules of the host: the server's own, or a client's.
 
     Without its encoder it takes features only. Where `inner` asks for adapters inside the LLM they are put into
     `decoder`, its layers.
@@ -138,25 +138,27 @@ def build_edge(
         place(decoder, tuple(cfg.method.sets))
     lora = Lora(cfg.edge.lora.rank, cfg.edge.lora.alpha, tuple(cfg.edge.lora.targets))
     return frozen_modules.build(
-        parts,
+        modules,
         encoder=encoder,
         shared=shared,
         sets=tuple(cfg.method.sets),
         rank=cfg.edge.rank,
         alpha=cfg.edge.alpha,
-        own_rank=None if client is None else own_rank(cfg, client),
+        client_rank=None if client is None else client_rank(cfg, client),
         lora=lora if lora.rank else None,
         decoder=decoder if place else None,
     )
 
 
 def local_model(
-    cfg: Config, held: Whole, *, client: int | None = None, encoder: bool = True
+    cfg: Config, loaded: Whole, *, client: int | None = None, encoder: bool = True
 ) -> tuple[SplitModel, Processor]:
     """The model that `cfg` asks for with its LLM in this process, in modules of its own on the backbone's tensors."""
-    llava = twin(held.backbone.model)
-    edge, processor = build_edge(cfg, held.parts, client=client, encoder=encoder, decoder=llava.model.language_model)
-    llm = LocalLLM(llava, checkpointing=held.backbone.checkpointing, inner=edge.inner)
+    llava = twin(loaded.backbone.model)
+    edge, processor = build_edge(
+        cfg, loaded.modules, client=client, encoder=encoder, decoder=llava.model.language_model
+    )
+    llm = LocalLLM(llava, checkpointing=loaded.backbone.checkpointing, inner=edge.inner)
     return SplitModel(edge, llm, cfg.link.loss), processor
 
 
@@ -185,27 +187,27 @@ def local_llm(model: Model) -> LocalLLM | None:
     return model.llm if isinstance(model, SplitModel) and isinstance(model.llm, LocalLLM) else None
 
 
-def server_model(cfg: Config, held: Whole) -> Built:
+def server_model(cfg: Config, loaded: Whole) -> Built:
     """The model that an arm's clients train, whole, in this process."""
-    return head_of(cfg).at_server(held)
+    return head_of(cfg).at_server(loaded)
 
 
-def server_edge(cfg: Config, held: Whole) -> Edge:
+def server_edge(cfg: Config, loaded: Whole) -> Edge:
     """What holds the server's own copy of what clients train, without what it is not needed for."""
-    return head_of(cfg).server_edge(held)
+    return head_of(cfg).server_edge(loaded)
 
 
 @runtime_checkable
 class Head(Protocol):
     """Who answers in a run: an LLM, or a classifier over class names. All that differs by it is here."""
 
-    def of_arm(self, held: Whole, compact: State | None) -> Whole:
+    def of_arm(self, loaded: Whole, compact: State | None) -> Whole:
         """The backbone as the arm's clients see it."""
 
-    def at_server(self, held: Whole) -> Built:
+    def at_server(self, loaded: Whole) -> Built:
         """The clients' model, whole, in the server's process."""
 
-    def server_edge(self, held: Whole) -> Edge:
+    def server_edge(self, loaded: Whole) -> Edge:
         """Of that model what trains."""
 
     def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
@@ -225,14 +227,14 @@ class _Classes:
 
     cfg: Config
 
-    def of_arm(self, held: Whole, compact: State | None) -> Whole:
-        return replace(held, card=held.card | {"classes": class_names(self.cfg)})
+    def of_arm(self, loaded: Whole, compact: State | None) -> Whole:
+        return replace(loaded, card=loaded.card | {"classes": class_names(self.cfg)})
 
-    def at_server(self, held: Whole) -> Built:
-        return self._built(held.card["classes"])
+    def at_server(self, loaded: Whole) -> Built:
+        return self._built(loaded.card["classes"])
 
-    def server_edge(self, held: Whole) -> Edge:
-        return self._built(held.card["classes"]).model.edge
+    def server_edge(self, loaded: Whole) -> Edge:
+        return self._built(loaded.card["classes"]).model.edge
 
     def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
         return self._built(card["classes"])
@@ -253,29 +255,29 @@ class _LLM:
 
     cfg: Config
 
-    def of_arm(self, held: Whole, compact: State | None) -> Whole:
+    def of_arm(self, loaded: Whole, compact: State | None) -> Whole:
         if compact is None:
-            return held
-        parts = frozen_modules.with_compact(held.parts, make(self.cfg.compact), compact)
-        card = frozen_modules.describe(held.backbone.model, parts, held.backbone.prompt)
-        return replace(held, parts=parts, card=card)
+            return loaded
+        modules = frozen_modules.with_compact(loaded.modules, make(self.cfg.compact), compact)
+        card = frozen_modules.describe(loaded.backbone.model, modules, loaded.backbone.prompt)
+        return replace(loaded, modules=modules, card=card)
 
-    def at_server(self, held: Whole) -> Built:
-        encoder = cached_encoder(self.cfg, held.parts, held.card["edge"])
-        model, processor = local_model(self.cfg, held, encoder=encoder is None)
-        return _of_llm(model, processor, held.card["prompt"], encoder)
+    def at_server(self, loaded: Whole) -> Built:
+        encoder = cached_encoder(self.cfg, loaded.modules, loaded.card["edge"])
+        model, processor = local_model(self.cfg, loaded, encoder=encoder is None)
+        return _of_llm(model, processor, loaded.card["prompt"], encoder)
 
-    def server_edge(self, held: Whole) -> Edge:
-        decoder = twin(held.backbone.model).model.language_model if self.cfg.inner else None
-        return build_edge(self.cfg, held.parts, encoder=bool(self.cfg.edge.lora.rank), decoder=decoder)[0]
+    def server_edge(self, loaded: Whole) -> Edge:
+        decoder = twin(loaded.backbone.model).model.language_model if self.cfg.inner else None
+        return build_edge(self.cfg, loaded.modules, encoder=bool(self.cfg.edge.lora.rank), decoder=decoder)[0]
 
     def at_client(self, card: dict[str, Any], client: int, session: Session) -> Built:
         if at_client(self.cfg):
             return self._whole(card, client)
-        parts = _parts(session, card["edge"])
-        encoder = cached_encoder(self.cfg, parts, card["edge"])
+        modules = _modules(session, card["edge"])
+        encoder = cached_encoder(self.cfg, modules, card["edge"])
         shared = _base(card["edge"], machine_cache.home())
-        edge, processor = build_edge(self.cfg, parts, client=client, encoder=encoder is None, shared=shared)
+        edge, processor = build_edge(self.cfg, modules, client=client, encoder=encoder is None, shared=shared)
         link, leaves = self.cfg.link, privacy(self.cfg)
         codecs = Codecs(link.codec.features, link.codec.h, link.codec.gradients, link.codec.logits)
         llm = RemoteLLM(session, encoding=link.encoding, cache=link.cache, privacy=leaves, codecs=codecs)
@@ -287,14 +289,14 @@ class _LLM:
 
     def _whole(self, card: dict[str, Any], client: int) -> Built:
         """The model with its LLM in this process."""
-        held = whole(self.cfg)
-        if held.card != card:
-            odd = sorted(key for key in held.card | card if held.card.get(key) != card.get(key))
+        loaded = whole(self.cfg)
+        if loaded.card != card:
+            odd = sorted(key for key in loaded.card | card if loaded.card.get(key) != card.get(key))
             raise ValueError(
                 f"this client's backbone is not the server's: {odd} differ; use the same llm.* files at both"
             )
-        encoder = cached_encoder(self.cfg, held.parts, card["edge"])
-        model, processor = local_model(self.cfg, held, client=client, encoder=encoder is None)
+        encoder = cached_encoder(self.cfg, loaded.modules, card["edge"])
+        model, processor = local_model(self.cfg, loaded, client=client, encoder=encoder is None)
         return _of_llm(model, processor, card["prompt"], encoder)
 
 
@@ -304,25 +306,25 @@ def _of_llm(model: Model, processor: Processor, prompt: str, encoder: CachedEnco
     return Built(model, ready, processor.tokenizer, encoder)
 
 
-def _parts(session: Session, digest: str) -> machine_cache.Mapped:
-    """The frozen parts, mapped: fetched once, where this machine has no whole file of them under their hash."""
-    if machine_cache.load_parts(digest) is None:
-        machine_cache.save_parts(digest, session.ask(messages.EdgeRequest()).tensors)
-    parts = machine_cache.load_parts(digest)
-    assert parts is not None
-    return parts
+def _modules(session: Session, digest: str) -> machine_cache.Mapped:
+    """The frozen modules, mapped: fetched once, where this machine has no whole file of them under their hash."""
+    if machine_cache.load_modules(digest) is None:
+        machine_cache.save_modules(digest, session.ask(messages.EdgeRequest()).tensors)
+    modules = machine_cache.load_modules(digest)
+    assert modules is not None
+    return modules
 
 
 @functools.lru_cache(maxsize=2)  # for all clients of a process and a backbone; it holds nothing of theirs
 def _base(digest: str, home: Path) -> frozen_modules.Base:
-    """What clients of the backbone with this hash have alike; its frozen parts are in this FEDMM_HOME."""
-    parts = machine_cache.load_parts(digest)
-    assert parts is not None
-    return frozen_modules.base(parts, parts.rows("table"))
+    """What clients of the backbone with this hash have alike; its frozen modules are in this FEDMM_HOME."""
+    modules = machine_cache.load_modules(digest)
+    assert modules is not None
+    return frozen_modules.base(modules, modules.rows("table"))
 
 
 def cached_encoder(
-    cfg: Config, parts: Mapping[str, Tensor], digest: str, rounds_by: str | None = None
+    cfg: Config, modules: Mapping[str, Tensor], digest: str, rounds_by: str | None = None
 ) -> CachedEncoder | None:
     """Where batches take features from. None: nothing is kept, they hold pixels, and the edge encodes in every step.
 
@@ -331,7 +333,7 @@ def cached_encoder(
     bounds = cfg.edge.cache_memory_mb << 20, cfg.edge.cache_disk_mb << 20
     if cfg.edge.lora.rank or not any(bounds):
         return None
-    build = functools.partial(frozen_modules.build_encoder, parts)
+    build = functools.partial(frozen_modules.build_encoder, modules)
     codec = Codecs(features=rounds_by or cfg.link.codec.features).of("features")
     return CachedEncoder(build, _store(machine_cache.home() / "features", *bounds), digest[:32], codec)
 
@@ -345,8 +347,8 @@ def _store(folder: Path, memory_bytes: int, disk_bytes: int) -> Store:
 @functools.lru_cache(maxsize=1)
 def _whole(llm_yaml: str) -> Whole:
     backbone = make(OmegaConf.create(llm_yaml))
-    parts = frozen_modules.take(backbone.model, backbone.processor)
-    return Whole(backbone, parts, frozen_modules.describe(backbone.model, parts, backbone.prompt))
+    modules = frozen_modules.take(backbone.model, backbone.processor)
+    return Whole(backbone, modules, frozen_modules.describe(backbone.model, modules, backbone.prompt))
 
 
 @functools.lru_cache(maxsize=4)

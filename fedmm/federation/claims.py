@@ -12,7 +12,7 @@ that it needs a new run.
 from __future__ import annotations
 
 from fedmm.config.settings import Config
-from fedmm.federation.build import held_parts, partition, splits
+from fedmm.federation.build import client_shards, partition, splits
 from fedmm.runs.folder import RunFolder
 
 
@@ -22,7 +22,7 @@ class Claims:
     def __init__(self, cfg: Config, folder: RunFolder, round: int) -> None:
         """`round` is the one that comes: updates of it may be safe already."""
         self._limit = cfg.run.max_examples
-        self._clients = {client: held_parts(cfg, client) for client in range(cfg.clients)}
+        self._clients = {client: client_shards(cfg, client) for client in range(cfg.clients)}
         self._held = _counts(cfg, "train")
         self._asked = _counts(cfg, cfg.evaluate.split)
         self._examples: dict[int, int] = {}
@@ -38,14 +38,14 @@ class Claims:
     def accept_examples(self, client: int, count: int) -> None:
         self._examples.setdefault(client, count)
 
-    def accept_questions(self, client: int, part: int, count: int) -> None:
-        self._questions.setdefault((client, part), count)
+    def accept_questions(self, client: int, shard: int, count: int) -> None:
+        self._questions.setdefault((client, shard), count)
 
     def examples_fault(self, client: int, count: int) -> str | None:
         """Why an update may not weigh `count` examples, or None if it may."""
         if count > self._limit:
             return f"claims {count} examples, above run.max_examples={self._limit}; raise it if a client has so many"
-        if self._held and count > (has := sum(self._held[part] for part in self._clients[client])):
+        if self._held and count > (has := sum(self._held[shard] for shard in self._clients[client])):
             return (
                 f"claims {count} examples and has {has} by the server's own copy of the data; set run.has_data=false "
                 "if the server has other data than the clients"
@@ -54,21 +54,21 @@ class Claims:
             return f"claims {count} examples, and {first} before; if its data grew, start a new run"
         return None
 
-    def questions_fault(self, client: int, part: int, count: int) -> str | None:
+    def questions_fault(self, client: int, shard: int, count: int) -> str | None:
         """Why a score of `part` may not be of `count` questions, or None if it may."""
-        if self._asked and count != self._asked[part]:
+        if self._asked and count != self._asked[shard]:
             return (
-                f"scores part {part} on {count} questions of {self._asked[part]}; set run.has_data=false if the server "
-                "has other data than the clients"
+                f"scores part {shard} on {count} questions of {self._asked[shard]}; set run.has_data=false if the "
+                "server has other data than the clients"
             )
         if not 0 <= count <= self._limit:
-            return f"scores part {part} on {count} questions, above run.max_examples={self._limit}"
-        if count != (first := self._questions.get((client, part), count)):
-            return f"scores part {part} on {count} questions, and on {first} before"
+            return f"scores part {shard} on {count} questions, above run.max_examples={self._limit}"
+        if count != (first := self._questions.get((client, shard), count)):
+            return f"scores part {shard} on {count} questions, and on {first} before"
         return None
 
 
 def _counts(cfg: Config, split: str) -> list[int]:
     """How many examples of a split each part has; empty where the server cannot know."""
     known = cfg.run.has_data and splits(cfg).get(split)
-    return [len(part) for part in partition(cfg, split)] if known else []
+    return [len(shard) for shard in partition(cfg, split)] if known else []

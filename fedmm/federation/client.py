@@ -22,7 +22,7 @@ from fedmm.edge.folding import unfolded
 from fedmm.edge.prepared import Prepared
 from fedmm.edge.sets import Edge
 from fedmm.evaluate.answers import Answer, answers
-from fedmm.federation.build import Built, head_of, held_parts, initial_state, local_llm, partition, splits
+from fedmm.federation.build import Built, client_shards, head_of, initial_state, local_llm, partition, splits
 from fedmm.federation.claims import Claims
 from fedmm.federation.reasons import Lost, Reason, because
 from fedmm.link import messages, tls
@@ -54,7 +54,7 @@ class Order:
     address: str
     token: str
     identity: tls.Identity | None = None  # what this client shows on a TLS link; None: the link is plain
-    kept_round: int = 0  # the last round this client took part in; what it kept then is what it goes on from
+    private_round: int = 0  # the last round this client took part in; what it kept then is what it goes on from
     train: bool = True
     score: bool = True
     answers: bool = False  # return what the model said, not only how often it was right
@@ -80,7 +80,7 @@ class Report:
         return self._scores_fault(order, cfg, claims) or self._answers_fault(order, cfg) or self._metrics_fault(order)
 
     def _scores_fault(self, order: Order, cfg: Config, claims: Claims) -> str | None:
-        asked = scored_parts(cfg, order) if order.score else []
+        asked = scored_shards(cfg, order) if order.score else []
         for part, (right, count) in self.scores.items():
             if part not in asked or not 0 <= right <= count:
                 return f"scores part {part} with {right} of {count}"
@@ -89,7 +89,7 @@ class Report:
         return next((f"does not score part {part}" for part in asked if part not in self.scores), None)
 
     def _answers_fault(self, order: Order, cfg: Config) -> str | None:
-        own = held_parts(cfg, order.client) if order.answers else []
+        own = client_shards(cfg, order.client) if order.answers else []
         given = Counter(part for part, _ in self.answers)
         for part, count in given.items():
             if part not in own or count > (asked := self.scores.get(part, (0, 0))[1]):
@@ -115,13 +115,13 @@ class Report:
         return None
 
 
-def scored_parts(cfg: Config, order: Order) -> list[int]:
+def scored_shards(cfg: Config, order: Order) -> list[int]:
     """The parts a client is scored on: its own; at the end, where asked, everybody's, which is many times the work."""
     everywhere = cfg.evaluate.everywhere and order.round > cfg.rounds
-    return list(range(cfg.clients)) if everywhere else held_parts(cfg, order.client)
+    return list(range(cfg.clients)) if everywhere else client_shards(cfg, order.client)
 
 
-def take_part(order: Order) -> Report:
+def carry_out(order: Order) -> Report:
     """Do what an order asks that `Site.admit` has let in, which checks its settings.
 
     Raises Lost where it cannot; what may leave of that is the reason and the count alone.
@@ -149,10 +149,10 @@ def take_part(order: Order) -> Report:
         model, edge, encoder = built.model, built.model.edge, built.encoder
         arrived = session.ask(messages.StateRequest()).tensors
         _load_sets(cfg, edge, order, arrived)
-        own = held_parts(cfg, order.client)
+        own = client_shards(cfg, order.client)
         read = functools.partial(_items, cfg, built)
         with because(Reason.DATA):
-            tests = {part: read(cfg.evaluate.split, part) for part in scored_parts(cfg, order)} if order.score else {}
+            tests = {part: read(cfg.evaluate.split, part) for part in scored_shards(cfg, order)} if order.score else {}
             items = [item for part in own for item in read("train", part)] if order.train else []
             ready = time.perf_counter()
             if encoder:
@@ -204,15 +204,15 @@ def _kept(cfg: Config, edge: Edge, order: Order) -> State:
     Raises Lost where what lies there is not what this order's schema keeps: an order with another schema would have it
     sent.
     """
-    keeps = schemas.kept(make(cfg.schema), cfg.rounds, edge.named(), order.kept_round)
+    keeps = schemas.private(make(cfg.schema), cfg.rounds, edge.named(), order.private_round)
     if not keeps:
         return {}
-    kept = machine_cache.load_kept(order.run, order.client, order.kept_round)
+    kept = machine_cache.load_private(order.run, order.client, order.private_round)
     if kept is None:
         raise Lost(
             Reason.KEPT,
-            f"client {order.client}'s local adapters of round {order.kept_round} are not under {machine_cache.home()}; "
-            "point FEDMM_HOME to the folder they were kept in, or start a new run",
+            f"client {order.client}'s local adapters of round {order.private_round} are not under "
+            f"{machine_cache.home()}; point FEDMM_HOME to the folder they were kept in, or start a new run",
         )
     if odd := kept.keys() ^ {*keeps}:
         raise Lost(Reason.KEPT, f"{min(odd)} is kept by another schema than the order's, or not at all")
@@ -247,9 +247,9 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
     sure = fisher(model, items, trained.last) if fisher else None
     fisher_seconds = time.perf_counter() - began
     own = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.edge.named().items()}
-    if keeps := schemas.kept(schema, cfg.rounds, own, order.round):
+    if keeps := schemas.private(schema, cfg.rounds, own, order.round):
         kept = {name: own[name] for name in keeps}
-        machine_cache.save_kept(order.run, order.client, order.round, kept, needed=order.kept_round)
+        machine_cache.save_private(order.run, order.client, order.round, kept, needed=order.private_round)
     sends = schemas.sent(schema, cfg.rounds, anchor, order.round)
     delta = tree.subtract({name: own[f"shared.{name}"] for name in sends}, anchor)
     if not any(item.sees for item in items):

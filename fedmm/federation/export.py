@@ -25,7 +25,7 @@ def export(run: Path, into: Path) -> int:
     if cfg is None or found is None:
         raise ValueError(f"{run} holds no checkpoint; name the folder of a run that has finished a round")
     round, state, _ = found
-    if own := [name for name in derived.kept(cfg) if name.startswith("shared.")]:
+    if own := [name for name in derived.private_names(cfg) if name.startswith("shared.")]:
         raise ValueError(f"with {cfg.label} every client keeps its own {own[0]!r}: no one model is there to export")
     if not state:
         raise ValueError(f"{run} has no shared adapters: with {cfg.label} every client keeps its own")

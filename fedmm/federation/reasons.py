@@ -74,7 +74,7 @@ def because(reason: Reason) -> Iterator[None]:
         raise Lost(_known(error) or reason, str(error), count) from error
 
 
-def told(reason: str, count: int) -> str:
+def describe(reason: str, count: int) -> str:
     """The words for a reason that came from a client. Raises ValueError for one that is not on the list."""
     return f"{Reason(reason).says} (mistakes: {count}; the site's log has the text)"
 

@@ -42,7 +42,7 @@ from fedmm.runs.events import StageProgress, StateAligned
 from fedmm.runs.folder import RunFolder, alone
 from fedmm.stages.align import Aligned, Teacher, tuned
 from fedmm.stages.captions import prepared_files
-from fedmm.stages.kept import fingerprint
+from fedmm.stages.fingerprint import fingerprint
 from fedmm.stages.pretrain import Look
 from fedmm.stages.scores import MORE_OPEN, agreement, balanced_set, class_scores
 from fedmm.storage import machine_cache
@@ -52,17 +52,17 @@ log = logging.getLogger("fedmm")
 ROWS = "stages.jsonl"
 
 
-def pretrained(cfg: Config, held: Whole, folder: RunFolder) -> State | None:
+def pretrained(cfg: Config, loaded: Whole, folder: RunFolder) -> State | None:
     """The values of the compact encoder that `cfg` asks for: pretrained, or as drawn; None where there is none."""
     if not cfg.compact:
         return None
     here = folder.path / "compact.safetensors"
     if here.exists():  # a run that goes on does so with its own
         return safetensors.torch.load_file(here)
-    compact = frozen_modules.empty_compact(held.parts, make(cfg.compact))
+    compact = frozen_modules.empty_compact(loaded.modules, make(cfg.compact))
     compacts.reset(compact, seeds.generator(cfg.seed, "compact"))
     if cfg.pretrain.step:
-        _Pretraining(cfg, held, folder).run(compact)
+        _Pretraining(cfg, loaded, folder).run(compact)
     machine_cache.save(compact.state_dict(), here)
     return tree.clone(compact.state_dict())
 
@@ -70,8 +70,8 @@ def pretrained(cfg: Config, held: Whole, folder: RunFolder) -> State | None:
 class _Pretraining:
     """The first stage, once for what it depends on: another run, or arm, finds the encoder made."""
 
-    def __init__(self, cfg: Config, held: Whole, folder: RunFolder) -> None:
-        self.cfg, self.held, self.folder = cfg, held, folder
+    def __init__(self, cfg: Config, loaded: Whole, folder: RunFolder) -> None:
+        self.cfg, self.loaded, self.folder = cfg, loaded, folder
 
     def run(self, compact: compacts.Compact) -> None:
         """Give `compact` the values that it learns from what the MLLM says."""
@@ -79,15 +79,15 @@ class _Pretraining:
         self._says("pretraining begins, or waits for another process that does the same")
         with _threads(self.cfg.pretrain.threads), alone(place, wait=True):
             began = time.perf_counter()
-            mllm = the_mllm(self.cfg, self.held)
+            mllm = the_mllm(self.cfg, self.loaded)
             who = _key(*(OmegaConf.to_yaml(node) for node in (self.cfg.captions.writer, self.cfg.llm)))
             file = machine_cache.home() / "captions" / f"{who}.jsonl"
-            prompt = self.held.backbone.prompt
+            prompt = self.loaded.backbone.prompt
             self._says(f"open images are described, into {file}")
             told = make(self.cfg.captions)(
                 mllm.model, mllm.processor, prompt, open_examples(self.cfg), file, self._says
             )
-            made = place / f"{self._key(mllm, told.kept)}.safetensors"
+            made = place / f"{self._key(mllm, told.used)}.safetensors"
             if not made.exists():
                 steps = self.cfg.pretrain.step.get("steps", "the last")
                 notes = _NotesAt(
@@ -104,7 +104,7 @@ class _Pretraining:
             cost = json.loads(file.metadata()["cost"])  # of whoever made it
         sizes = {"parameters": _size(compact), "teacher_parameters": _size(mllm.encoder)}
         writer = str(self.cfg.captions.writer["_target_"]).rpartition(".")[2]
-        texts = {"texts": len(told.kept), "dropped": told.dropped, "writer": writer}
+        texts = {"texts": len(told.used), "dropped": told.dropped, "writer": writer}
         _once(self.folder, stage="pretrain", round=0, **texts, **sizes, **cost)
 
     def _says(self, says: str) -> None:
@@ -120,7 +120,7 @@ class _Pretraining:
         import transformers
 
         cfg = self.cfg
-        whose = fingerprint(mllm.model, mllm.processor, self.held.backbone.prompt)
+        whose = fingerprint(mllm.model, mllm.processor, self.loaded.backbone.prompt)
         said = json.dumps([asdict(caption) for caption in captions])
         nodes = [OmegaConf.to_yaml(node) for node in (cfg.pretrain, cfg.compact)]
         return _key(said, whose, str(cfg.seed), torch.__version__, transformers.__version__, *nodes)
@@ -129,22 +129,22 @@ class _Pretraining:
 class Alignment:
     """The third stage of an arm: its set of open data, and what the MLLM says of it, made once."""
 
-    def __init__(self, cfg: Config, own: Whole, held: Whole, folder: RunFolder) -> None:
-        """`own` is the backbone as it is, the MLLM; `held` what the arm's clients train on. Raises ValueError where
-        there is no open image of a class."""
+    def __init__(self, cfg: Config, original: Whole, loaded: Whole, folder: RunFolder) -> None:
+        """`original` is the backbone as it is, the MLLM; `loaded` what the arm's clients train on. Raises ValueError
+        where there is no open image of a class."""
         self.cfg, self.folder = cfg, folder
         began, self._waited = time.perf_counter(), 0.0
         folder.log(StageProgress(cfg.label, "the MLLM is asked about the open images"))
         by_mllm = cfg.align.labels == "mllm"
         with _threads(cfg.align.threads):
             asks = by_mllm or bool(cfg.align.step.get("beta", 1.0))
-            self._mllm = the_mllm(cfg, own) if asks else None
-            built = server_model(cfg, held)
+            self._mllm = the_mllm(cfg, original) if asks else None
+            built = server_model(cfg, loaded)
             self.model = built.model
             tuned([*built.model.edge.named()], cfg.align.step.get("trains", ["*"]))  # before anybody trains
-            examples, classes = open_examples(cfg), held.card.get("classes")
+            examples, classes = open_examples(cfg), loaded.card.get("classes")
             truths = [example.answer for example in examples]
-            said, scores_NC = self._word(own, examples, classes) if by_mllm else ([], None)
+            said, scores_NC = self._word(original, examples, classes) if by_mllm else ([], None)
             labels = said if by_mllm else truths
             names = classes or _common(labels)
             drawn = seeds.generator(cfg.seed, "balanced")
@@ -154,7 +154,7 @@ class Alignment:
             if by_mllm:
                 said, scores_NC = [said[i] for i in chosen], None if scores_NC is None else scores_NC[chosen]
             elif asks:
-                said, scores_NC = self._word(own, some, classes)
+                said, scores_NC = self._word(original, some, classes)
             known = [truths[i] for i in chosen]
             self.agreement = agreement(said, known) if asks and all(known) else None
             self.teacher = _teacher(self._mllm, some, scores_NC) if self._mllm else _nobody
@@ -175,7 +175,7 @@ class Alignment:
             )
         if found.reason:
             log.info("round %d: alignment stopped after %d steps: %s", round, found.steps, found.reason)
-        about = {key: value for key, value in vars(found).items() if key != "state"}
+        about = {"kept" if key == "best_step" else key: value for key, value in vars(found).items() if key != "state"}
         about |= {"seconds": time.perf_counter() - began, "llm_samples": self._samples() - samples}
         _once(self.folder, stage="align", round=round, **about)
         self.folder.log(StateAligned(round, found.steps, about["seconds"]))
@@ -187,7 +187,7 @@ class Alignment:
         return sum(llm.samples for llm in llms if llm)
 
     def _word(
-        self, own: Whole, examples: Sequence[Example], classes: Sequence[str] | None
+        self, original: Whole, examples: Sequence[Example], classes: Sequence[str] | None
     ) -> tuple[list[str], Tensor | None]:
         """What the MLLM answers; of class names the likeliest, and its scores of them, from where they are kept."""
         assert self._mllm is not None
@@ -197,7 +197,9 @@ class Alignment:
         asked = time.perf_counter()
         with alone(place, wait=True):
             self._waited += time.perf_counter() - asked
-            scores_NC = class_scores(mllm.model, mllm.processor, own.backbone.prompt, examples, classes, path=place)
+            scores_NC = class_scores(
+                mllm.model, mllm.processor, original.backbone.prompt, examples, classes, path=place
+            )
         return [classes[i] for i in scores_NC.argmax(-1).tolist()], scores_NC
 
 
@@ -251,14 +253,14 @@ class MLLM:
         ]
 
 
-def the_mllm(cfg: Config, held: Whole) -> MLLM:
+def the_mllm(cfg: Config, loaded: Whole) -> MLLM:
     """The backbone as a whole, its encoder among it, in modules of its own on the same memory."""
-    llm = LocalLLM(twin(held.backbone.model), checkpointing=held.backbone.checkpointing)
-    edge, processor = frozen_modules.build(held.parts, rank=1)
-    cached = cached_encoder(cfg, held.parts, held.card["edge"], "none")
+    llm = LocalLLM(twin(loaded.backbone.model), checkpointing=loaded.backbone.checkpointing)
+    edge, processor = frozen_modules.build(loaded.modules, rank=1)
+    cached = cached_encoder(cfg, loaded.modules, loaded.card["edge"], "none")
 
     def ready(examples: Sequence[Example]) -> list[Prepared]:
-        items = prepare(examples, processor, held.backbone.prompt, cached)
+        items = prepare(examples, processor, loaded.backbone.prompt, cached)
         return items if cached else encode(edge, items)
 
     assert edge.encoder is not None

@@ -74,8 +74,8 @@ class Site:
         """Why the order is not one that a server of these settings sends to this client."""
         if order.client != self.client:
             yield f"this site is client {self.client}, the order is for client {order.client}"
-        if not 0 <= order.kept_round < order.round <= cfg.rounds + 1:
-            yield f"round {order.round} after {order.kept_round} is no round of rounds={cfg.rounds}"
+        if not 0 <= order.private_round < order.round <= cfg.rounds + 1:
+            yield f"round {order.round} after {order.private_round} is no round of rounds={cfg.rounds}"
         if not _ADDRESS.fullmatch(order.address) or order.address != (cfg.link.address or order.address):
             yield f"address {order.address!r} is not link.address={cfg.link.address}, or no host and port"
         if encrypted(cfg.link) and order.identity is None:

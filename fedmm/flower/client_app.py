@@ -8,7 +8,7 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedmm.federation.client import take_part
+from fedmm.federation.client import carry_out
 from fedmm.federation.reasons import Lost, Reason, because
 from fedmm.federation.site import Site
 from fedmm.flower import messages
@@ -42,7 +42,7 @@ def _part(message: Message, context: Context) -> Message:
     with because(Reason.ORDER):
         order = messages.read_order(message)
     site.admit(order)
-    return messages.send_report(site.release(take_part(order)), message)
+    return messages.send_report(site.release(carry_out(order)), message)
 
 
 def _client(context: Context) -> int:

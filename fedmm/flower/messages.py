@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from fedmm.evaluate.answers import Answer
 from fedmm.federation.client import Order, Report
-from fedmm.federation.reasons import Lost, told
+from fedmm.federation.reasons import Lost, describe
 from fedmm.link.tls import Identity
 
 _RECORD, _LOST = "fedmm", "lost"
@@ -78,7 +78,7 @@ def read_lost(reply: Message) -> str | None:
     reason, count = record.get("reason"), _integer(record, "count")
     if not isinstance(reason, str) or count < 1:
         raise ValueError("a client's reason is a text and a count from 1")
-    return told(reason, count)
+    return describe(reason, count)
 
 
 def send_report(report: Report, message: Message) -> Message:

@@ -62,22 +62,22 @@ def run_arm(
     torch.set_num_threads(cfg.threads)
     resumed = folder.resume()
     compact = pretrained(cfg, whole, folder)
-    held = for_arm(cfg, whole, compact)
-    backbone, parts, card = held.backbone, held.parts, held.card
-    first, common = server_start(cfg, held, compact)
-    align = Alignment(cfg, whole, held, folder) if cfg.align.step else None
+    loaded = for_arm(cfg, whole, compact)
+    backbone, modules, card = loaded.backbone, loaded.modules, loaded.card
+    first, common = server_start(cfg, loaded, compact)
+    align = Alignment(cfg, whole, loaded, folder) if cfg.align.step else None
     start, current, memory = resumed or (0, first, {})
     recorder = Recorder(folder, cfg)
     recorder.arm_began(start, card)
 
     inbox = Inbox(recorder, Claims(cfg, folder, start + 1))
     llm = LocalLLM(backbone.model, checkpointing=backbone.checkpointing)
-    connector, table_VD = frozen_modules.build_base(parts)
+    connector, table_VD = frozen_modules.build_base(modules)
     features = Features(connector.to(llm.device), table_VD.to(llm.device), store if cfg.link.cache == "run" else None)
     with Host(
         llm,
         card=card,
-        edge=parts,
+        edge=modules,
         features=features,
         on_update=inbox.take,
         authority=Authority() if encrypted(cfg.link) else None,
@@ -229,7 +229,7 @@ class _Rounds:
             address=cfg.link.address or f"127.0.0.1:{self.host.port}",
             token=self.host.token(round, client),
             identity=self.host.identity(client),
-            kept_round=self.took_part.get(client, 0),
+            private_round=self.took_part.get(client, 0),
             train=train,
             score=score,
             answers=cfg.evaluate.predictions and round in (1, cfg.rounds + 1),

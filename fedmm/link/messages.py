@@ -298,7 +298,7 @@ class LossRequest(StepRequest):
 class StepSquares(Reply):
     h_grads: Annotated[tuple[Tensor, ...], Many(One("grad/h", "N R", ANY, "gradients"))]
     squares: Annotated[tuple[Tensor, ...], Many(One("squares", "D R", ANY))]
-    image_ND: Annotated[Tensor | None, One("grad/image_part", "M D", ANY, "gradients")] = None
+    image_ND: Annotated[Tensor | None, One("grad/image_segment", "M D", ANY, "gradients")] = None
 
 
 @dataclass(frozen=True)

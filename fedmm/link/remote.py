@@ -173,10 +173,10 @@ def _outgoing(step: Step, keys: tuple[bytes, ...] = (), features: tuple[Tensor, 
 
 
 def _factored(branches: Sequence[Embeds], mask_BT: Tensor, source: Source, *, named: bool) -> _Outgoing:
-    terms = [[Term(t.part.kind, t.scale, t.name, t.h_NR, t.up_DR) for t in embeds.terms] for embeds in branches]
+    terms = [[Term(t.segment.kind, t.scale, t.name, t.h_NR, t.up_DR) for t in embeds.terms] for embeds in branches]
     step = FactoredStep(mask_BT, source.tokens_BT.to(torch.int32), source.image_BT, branches=tuple(map(tuple, terms)))
     if source.image_trains:
-        image_ND = next(part.x_ND for part in branches[0].parts if part.kind == "image")
+        image_ND = next(segment.x_ND for segment in branches[0].segments if segment.kind == "image")
         return _outgoing(replace(step, image_ND=image_ND))
     if named and source.keys is not None:
         return _outgoing(replace(step, keys_SK=_keys_of(source.keys)), source.keys, source.by_sample())

@@ -25,7 +25,7 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 20
 HEADER_LIMIT_BYTES = 1 << 16
 TENSORS_LIMIT = 512  # of a client's frame: a step has at most 64 terms, features one a sample; 10 ms to decode
-HOST_TENSORS_LIMIT = 8192  # of a host's frame: the frozen parts of LLaVA-1.5-7B are 396, a state has a few hundred
+HOST_TENSORS_LIMIT = 8192  # of a host's frame: the frozen modules of LLaVA-1.5-7B are 396, a state has a few hundred
 INDEX_ENTRY_BYTES = 512  # of a tensor's name and shape in a frame's index, at most on average; an encoder's are 110
 MAGIC = b"FMM1"
 METHOD = "/fedmm.Link/Session"

@@ -65,7 +65,7 @@ def logit_adjustment(
 def _places(step: Step, logits_BAV: Float[Tensor, "B A V"]) -> Float[Tensor, "A V"]:
     """The counts at this batch's places, for every class of the logits."""
     _, A, V = logits_BAV.shape
-    counts_AV = step.kept["begin"]["answers"][:A]
+    counts_AV = step.scratch["begin"]["answers"][:A]
     return F.pad(counts_AV, (0, V - counts_AV.shape[1])).to(logits_BAV.device)
 
 

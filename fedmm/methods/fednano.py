@@ -23,13 +23,13 @@ from fedmm.edge.prepared import Prepared
 from fedmm.losses import answer_cross_entropy
 from fedmm.methods.lora import lora
 from fedmm.model import Model, SplitModel
-from fedmm.types import Batch, Embeds, Part, Squares, State, Step
+from fedmm.types import Batch, Embeds, Segment, Squares, State, Step
 
 
 def fednano_ef(model: Model, batch: Batch, step: Step) -> Iterator[Tensor]:
     """Plain training that adds up its squared gradients on the way."""
     yield from lora(model, batch, step)
-    total = step.kept.setdefault("squares", {})  # the loop is back: the gradients of this step still stand
+    total = step.scratch.setdefault("squares", {})  # the loop is back: the gradients of this step still stand
     for name, parameter in model.edge.trainable("shared").items():
         square = parameter.grad.pow(2) if parameter.grad is not None else torch.zeros_like(parameter)
         total[name] = total[name] + square if name in total else square
@@ -37,7 +37,7 @@ def fednano_ef(model: Model, batch: Batch, step: Step) -> Iterator[Tensor]:
 
 def mean_of_squares(model: Model, items: Sequence[Prepared], step: Step) -> State:
     """`fednano_ef`'s Fisher: the mean over the round's steps of the squared gradient."""
-    return {name: square / step.steps for name, square in step.kept["squares"].items()}
+    return {name: square / step.steps for name, square in step.scratch["squares"].items()}
 
 
 def diagonal_fisher(
@@ -64,20 +64,22 @@ def diagonal_fisher(
             embeds, mask_BT = model.edge(whole)
         found = model.llm.squares(embeds, mask_BT, whole.keep_BA, whole.labels_BA)
         for term, (grad_NR, squares_DR) in zip(embeds.terms, found.terms, strict=True):
-            total[f"{term.part.kind}.up"] += squares_DR
+            total[f"{term.segment.kind}.up"] += squares_DR
             for grad, x in zip(
-                _by_sample(grad_NR, term.part, whole), _by_sample(term.part.x_ND, term.part, whole), strict=True
+                _by_sample(grad_NR, term.segment, whole),
+                _by_sample(term.segment.x_ND, term.segment, whole),
+                strict=True,
             ):
-                total[f"{term.part.kind}.down"] += (grad.T @ x).pow(2)
+                total[f"{term.segment.kind}.down"] += (grad.T @ x).pow(2)
         if found.image_ND is not None:
             _add_inner(total, model, chunk, embeds, found)
     return tree.scale(total, 1 / len(items))
 
 
-def _by_sample(packed_N: Tensor, part: Part, batch: Batch) -> tuple[Tensor, ...]:
+def _by_sample(packed_N: Tensor, segment: Segment, batch: Batch) -> tuple[Tensor, ...]:
     """What is packed over a batch, sample by sample."""
     B, T = batch.tokens_BT.shape
-    return packed_N.split(torch.bincount(part.positions_N // T, minlength=B).tolist())
+    return packed_N.split(torch.bincount(segment.positions_N // T, minlength=B).tolist())
 
 
 def _add_inner(total: State, model: SplitModel, chunk: Sequence[Prepared], embeds: Embeds, found: Squares) -> None:
@@ -90,15 +92,15 @@ def _add_inner(total: State, model: SplitModel, chunk: Sequence[Prepared], embed
     if not inner:
         return
     whole = collate(chunk)
-    i = next(i for i, term in enumerate(embeds.terms) if term.part.kind == "image")
-    part, (grad_NR, _) = embeds.terms[i].part, found.terms[i]
+    i = next(i for i, term in enumerate(embeds.terms) if term.segment.kind == "image")
+    segment, (grad_NR, _) = embeds.terms[i].segment, found.terms[i]
     assert found.image_ND is not None
-    rows = zip(chunk, _by_sample(found.image_ND, part, whole), _by_sample(grad_NR, part, whole), strict=True)
+    rows = zip(chunk, _by_sample(found.image_ND, segment, whole), _by_sample(grad_NR, segment, whole), strict=True)
     for item, grad_ND, grad_h in rows:
         if not item.sees:
             continue
         single, _ = model.edge(collate([item]))
-        outputs = [single.terms[i].part.x_ND, single.terms[i].h_NR]
+        outputs = [single.terms[i].segment.x_ND, single.terms[i].h_NR]
         grads = torch.autograd.grad(outputs, list(inner.values()), [grad_ND, grad_h], allow_unused=True)
         for name, grad in zip(inner, grads, strict=True):
             if grad is not None:

@@ -57,7 +57,7 @@ class Row:
             s: found["final"]["global"] for s, found in self.by_seed.items() if found["final"]["global"] is not None
         }
 
-    def own(self) -> dict[int, dict[str, float]]:
+    def accuracy_by_client(self) -> dict[int, dict[str, float]]:
         """Accuracy of each client on its own part, by seed; a run that scored nobody is not there."""
         return {seed: found["final"]["own"] for seed, found in self.by_seed.items() if found["final"]["own"]}
 
@@ -73,9 +73,9 @@ class Row:
 
     def over_clients(self, figure: Callable[[Iterable[float]], float]) -> dict[int, float]:
         """One figure of the clients' own accuracies, by seed."""
-        return {seed: figure(own.values()) for seed, own in self.own().items()}
+        return {seed: figure(own.values()) for seed, own in self.accuracy_by_client().items()}
 
-    def own_mean(self) -> dict[int, float]:
+    def mean_accuracy(self) -> dict[int, float]:
         """Own accuracy, mean over clients, by seed."""
         return self.over_clients(statistics.fmean)
 
@@ -111,7 +111,7 @@ def rows(runs: Iterable[Run]) -> list[Row]:
     _on_one_footing(arms)
     starts = [row for data in sorted({row.data for row in arms}) if (row := _start(data, arms))]
     return sorted(
-        [*starts, *arms], key=lambda row: (row.data, row.label not in STARTS, mean(row.own_mean().values()) or 0.0)
+        [*starts, *arms], key=lambda row: (row.data, row.label not in STARTS, mean(row.mean_accuracy().values()) or 0.0)
     )
 
 
@@ -175,7 +175,7 @@ def interval(values: Iterable[float]) -> float | None:
 
 def differences(row: Row, other: Row) -> dict[int, dict[str, float]]:
     """Own accuracy less that of `other`, by seed and client, of the clients that both have scored; no seed without."""
-    mine, theirs = row.own(), other.own()
+    mine, theirs = row.accuracy_by_client(), other.accuracy_by_client()
     return {
         seed: {client: own[client] - theirs[seed][client] for client in own if client in both}
         for seed, own in mine.items()
@@ -197,18 +197,18 @@ def partner(row: Row, others: Mapping[str, Row], label: str) -> Row | None:
     return None if found is row or elsewhere else found
 
 
-def against(labels: Sequence[str], asked: str | None) -> str:
+def against(labels: Sequence[str], requested: str | None) -> str:
     """The label to set others against, or the value of a setting that a sweep gave several: what was asked, or FedAvg,
     or the first. Raises ValueError where it is none, or there are no arms."""
     labels = [label for label in dict.fromkeys(labels) if label not in STARTS]
     if not labels:
         raise ValueError("there is no finished run to compare; name the folder of a run that has a summary.json")
-    wanted = asked or FEDAVG
+    wanted = requested or FEDAVG
     if any(wanted in (label, *named(label)) for label in labels):
         return wanted
-    if asked:
+    if requested:
         raise ValueError(
-            f"--against {asked!r} is none of these arms: {', '.join(map(repr, labels))}; choose one of them"
+            f"--against {requested!r} is none of these arms: {', '.join(map(repr, labels))}; choose one of them"
         )
     return labels[0]
 

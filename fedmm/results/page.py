@@ -154,8 +154,8 @@ Run several seeds and set their folders side by side with <code>fedmm compare</c
 <p class="note"><i>Global</i> is accuracy on everybody's {{ cfg.evaluate.split }} questions; for personal models, the
 mean over clients of each one's accuracy on all of them. <i>Own</i> is each client's accuracy on its own part, averaged
 over clients; <i>worst</i> is the lowest of these. A dash was not measured. MB are those
-of rounds and scoring on the link; frozen parts (once a machine) and features (once a sample and run, so that of several
-arms the first pays) stand below, by channel, as do Flower's messages;
+of rounds and scoring on the link; frozen modules (once a machine) and features (once a sample and run, so that of
+several arms the first pays) stand below, by channel, as do Flower's messages;
 seconds are from an arm's first event to its last.</p>
 {% set merged = arms | selectattr('product_error', 'number') | list %}
 {% if merged %}

@@ -277,7 +277,7 @@ def _bare(axes: Axes, grid: Literal["x", "y"]) -> None:
 
 
 def _own_and_global(row: intervals.Row) -> tuple[list[float], list[float]]:
-    return list(row.own_mean().values()), list(row.overall().values())
+    return list(row.mean_accuracy().values()), list(row.overall().values())
 
 
 def _ends(values: Sequence[float]) -> list[float]:

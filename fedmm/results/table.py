@@ -14,7 +14,7 @@ MOST_CLIENTS = 12  # that a table by client shows
 ONE_SEED = "¹"
 ONCE = ("edge", "features")  # channels: once a machine, once a sample and run; of a run's arms the first pays for all
 SCORING = "answers"  # channel: no cost of an arm, a personal one is scored everywhere
-_APART = "of all rounds; what goes once (features, frozen parts) and scoring apart"
+_APART = "of all rounds; what goes once (features, frozen modules) and scoring apart"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def short_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
     )
 
 
-def columns(asked: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
-    """What a comparison of these rows shows; `asked` as in `against`. Raises ValueError where it is no arm."""
-    chosen = against([row.label for row in table_of], asked)
+def columns(requested: str | None, table_of: Sequence[Row]) -> tuple[Column, ...]:
+    """What a comparison of these rows shows; `requested` as in `against`. Raises ValueError where it is no arm."""
+    chosen = against([row.label for row in table_of], requested)
     return (
         *_accuracy_columns(table_of),
         *_budget_columns(table_of),
@@ -85,7 +85,7 @@ def _accuracy_columns(table_of: Sequence[Row]) -> tuple[Column, ...]:
         ),
         Column(
             f"own {split} %",
-            lambda row, others: _percent(row, row.own_mean().values()),
+            lambda row, others: _percent(row, row.mean_accuracy().values()),
             "each client on its own part, their mean",
         ),
         Column("worst client %", lambda row, others: _percent(row, row.over_clients(min).values())),

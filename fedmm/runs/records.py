@@ -145,11 +145,11 @@ def save(file: Path, records: Records) -> None:
     machine_cache.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode(), public=True)
 
 
-def only_in(file: Path, told: Records) -> list[str]:
-    """The runs and searches that a file of records has, where there is one, and that nothing of `told` takes the place
+def only_in(file: Path, new: Records) -> list[str]:
+    """The runs and searches that a file of records has, where there is one, and that nothing of `new` takes the place
     of, by their names."""
     there = _read(file) if file.exists() else Records()
-    places, searches = {run.place for run in told.runs}, {_search_of(choice) for choice in told.choices}
+    places, searches = {run.place for run in new.runs}, {_search_of(choice) for choice in new.choices}
     runs = [str(run.place) for run in there.runs if run.place not in places]
     return runs + [" ".join(name) for choice in there.choices if (name := _search_of(choice)) not in searches]
 
@@ -177,18 +177,18 @@ def noted(sweep: Path) -> Records:
     return Records(runs, [_choice(row) for row in _json(sweep / _CHOICES, [])], _json(sweep / _COMMANDS, {}))
 
 
-def note(sweep: Path, told: Records, asked: Iterable[Mapping[str, Any]] = ()) -> None:
+def note(sweep: Path, new: Records, planned: Iterable[Mapping[str, Any]] = ()) -> None:
     """Keep with a sweep's folder finished runs, its own and known ones, what searches chose, and commands with the
     first day that made a part of it. What is told later stands in the place of what was, and a table's row has runs of
-    one arm: those leave that were asked otherwise than what is told now, or than `asked`, settings of runs to come."""
+    one arm: those leave that were asked otherwise than what is new, or than `planned`, settings of runs to come."""
     known = noted(sweep)
-    wanted = {_row_of(settings): settings for settings in (*(run.settings for run in told.runs), *asked)}
+    wanted = {_row_of(settings): settings for settings in (*(run.settings for run in new.runs), *planned)}
     kept = [run for run in known.runs if not apart(run.settings, wanted.get(_row_of(run.settings), run.settings))]
-    runs = {run.place: run for run in (*kept, *told.runs)}
-    choices = {_search_of(choice): _row(choice) for choice in (*known.choices, *told.choices)}
+    runs = {run.place: run for run in (*kept, *new.runs)}
+    choices = {_search_of(choice): _row(choice) for choice in (*known.choices, *new.choices)}
     save(sweep / _RUNS, Records(list(runs.values())))
     machine_cache.write(sweep / _CHOICES, json.dumps(list(choices.values()), indent=1).encode())
-    machine_cache.write(sweep / _COMMANDS, json.dumps({**told.commands, **known.commands}, indent=1).encode())
+    machine_cache.write(sweep / _COMMANDS, json.dumps({**new.commands, **known.commands}, indent=1).encode())
 
 
 def now() -> str:

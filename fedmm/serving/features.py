@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedmm.edge import base
 from fedmm.edge.folding import base_of
 from fedmm.storage.tensor_store import Store
-from fedmm.types import Part, State
+from fedmm.types import Segment, State
 
 KEYS_LIMIT = 1 << 14  # asked about at once: rows of a batch; a million took 21 s
 
@@ -78,12 +78,12 @@ class Features:
             raise ValueError("all images of a step must have equally many features")
         return torch.cat(list(features)) if features else torch.zeros(0, 1, self._width)
 
-    def image_part(self, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Part:
+    def image_segment(self, features_MPE: Float[Tensor, "M P E"], image_N: Int[Tensor, " N"]) -> Segment:
         with torch.no_grad():
-            return base.image_part(self.connector, features_MPE, image_N)
+            return base.image_segment(self.connector, features_MPE, image_N)
 
-    def text_part(self, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Part:
-        return base.text_part(self.table, tokens_BT, text_N)
+    def text_segment(self, tokens_BT: Int[Tensor, "B T"], text_N: Int[Tensor, " N"]) -> Segment:
+        return base.text_segment(self.table, tokens_BT, text_N)
 
     def _check(self, features_MPE: Tensor) -> None:
         if features_MPE.shape[2] != self._width or not features_MPE.numel() or features_MPE.dtype != torch.float32:

@@ -24,7 +24,7 @@ from fedmm.losses import Mutual
 from fedmm.serving.features import Features
 from fedmm.serving.footprint import Footprint, Shape
 from fedmm.serving.limits import Limits
-from fedmm.types import IGNORE, Embeds, LowRank, Part, Source
+from fedmm.types import IGNORE, Embeds, LowRank, Segment, Source
 
 _R = TypeVar("_R", bound=StepRequest)
 
@@ -42,7 +42,10 @@ class Read:
     def size_bytes(self) -> int:
         """What it takes: each storage once, as branches share theirs."""
         tensors = [
-            tensor for embeds in self.branches for part in embeds.parts for tensor in (part.x_ND, part.positions_N)
+            tensor
+            for embeds in self.branches
+            for segment in embeds.segments
+            for tensor in (segment.x_ND, segment.positions_N)
         ]
         tensors += [tensor for embeds in self.branches for term in embeds.terms for tensor in (term.h_NR, term.up_DR)]
         storages = (tensor.untyped_storage() for tensor in tensors)
@@ -105,9 +108,9 @@ class Reader:
     def _factored(self, step: FactoredStep, client: int) -> list[Embeds]:
         self._bound("embeddings", len(step.branches) * step.mask_BT.numel() * self.width)
         image_N, text_N = (at_N.to(self.device) for at_N in base.positions(step.image_BT, step.mask_BT))
-        parts = {
-            "image": self._image_part(step, image_N, client),
-            "text": self.features.text_part(step.tokens_BT.to(self.device), text_N),
+        segments = {
+            "image": self._image_segment(step, image_N, client),
+            "text": self.features.text_segment(step.tokens_BT.to(self.device), text_N),
         }
         # whether something trains in front of the LLM is for `Embeds.squares` to know
         source = Source(step.tokens_BT, step.image_BT, image_trains=step.image_ND is not None)
@@ -115,21 +118,21 @@ class Reader:
         return [
             Embeds(
                 shape,
-                tuple(parts.values()),
-                tuple(LowRank(parts[term.kind], term.h_NR, term.up_DR, term.scale, term.name) for term in terms),
+                tuple(segments.values()),
+                tuple(LowRank(segments[term.kind], term.h_NR, term.up_DR, term.scale, term.name) for term in terms),
                 source,
             )
             for terms in step.branches
         ]
 
-    def _image_part(self, step: FactoredStep, image_N: Tensor, client: int) -> Part:
+    def _image_segment(self, step: FactoredStep, image_N: Tensor, client: int) -> Segment:
         if step.image_ND is not None:
-            return Part("image", step.image_ND, image_N)
+            return Segment("image", step.image_ND, image_N)
         if step.keys_SK is not None:
             features_MPE = self.features.fetch(client, step.keys_SK, len(image_N))
         else:
             features_MPE = self.features.joined(step.features, len(image_N))
-        return self.features.image_part(features_MPE.to(self.device), image_N)
+        return self.features.image_segment(features_MPE.to(self.device), image_N)
 
     def keep(self, keep_BA: Tensor, T: int) -> Tensor:
         """The positions whose logits are asked for, of T."""

@@ -36,8 +36,8 @@ class Aligned:
     """The state, and how it came about: loss and accuracy of answer tokens on the held-out set, before and after."""
 
     state: State
-    steps: int  # taken; the state is that of `kept`
-    kept: int  # 0: the aggregate
+    steps: int  # taken; the state is that of `best_step`
+    best_step: int  # 0: the aggregate
     loss_before: float
     loss_after: float
     accuracy_before: float
@@ -75,7 +75,7 @@ def align(
     parameters = [parameter for parameter in model.edge.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     loss, accuracy = first = measured(model, held_out, batch_size)
-    best, kept, worse, reason, step = state, 0, 0, "", 0
+    best, best_step, worse, reason, step = state, 0, 0, "", 0
     for step in range(1, steps + 1):
         generator = seeds.generator(seed, "align", round, step)
         picks = torch.randint(len(items), (min(batch_size, len(items)),), generator=generator).tolist()
@@ -97,11 +97,11 @@ def align(
             reason = f"the {what} is {value:g} at step {step}; lower align.step.lr={lr:g}"
             break
         if now and now[0] < loss:
-            (loss, accuracy), best, kept, worse = now, _of(model, state), step, 0
+            (loss, accuracy), best, best_step, worse = now, _of(model, state), step, 0
         elif now and (worse := worse + 1) >= patience:
-            reason = f"no better on held-out open data since step {kept}"
+            reason = f"no better on held-out open data since step {best_step}"
             break
-    return Aligned(best, step, kept, first[0], loss, first[1], accuracy, reason)
+    return Aligned(best, step, best_step, first[0], loss, first[1], accuracy, reason)
 
 
 def tuned(names: Sequence[str], trains: Sequence[str]) -> list[str]:

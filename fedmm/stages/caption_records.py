@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedmm.stages.kept import mend
+from fedmm.stages.fingerprint import mend
 from fedmm.storage import disk
 
 _KEYS = ("image", "prompt", "text", "writer")

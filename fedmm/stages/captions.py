@@ -25,7 +25,7 @@ from fedmm.edge.prepare import Processor, content_of, encode, prepare
 from fedmm.evaluate.answers import answers
 from fedmm.model import Model
 from fedmm.stages.caption_records import WANTED, Caption, append, keep, lines_of, resume
-from fedmm.stages.kept import fingerprint, reads
+from fedmm.stages.fingerprint import fingerprint, reads
 from fedmm.types import IMAGE_PLACE, Example, ReadPath
 
 NOTED_CHUNKS = 20
@@ -47,7 +47,7 @@ class Captions:
     """What came of it: examples to train on, the captions they are made of, how many were dropped, by reason."""
 
     examples: list[Example]
-    kept: list[Caption]
+    used: list[Caption]
     dropped: dict[str, int]
 
 
@@ -73,8 +73,8 @@ def captions(
     `model`, `processor` and `prompt` are the host's own, and `path` the jsonl; `noted` hears how far it is.
     """
     said = write(examples, writer(model, processor, prompt), prompts, path, noted, chunk=chunk)
-    kept, dropped = keep(said, min_words=min_words, max_words=max_words, repetition=repetition, agree=agree)
-    return Captions(training(kept, examples), kept, dropped)
+    used, dropped = keep(said, min_words=min_words, max_words=max_words, repetition=repetition, agree=agree)
+    return Captions(training(used, examples), used, dropped)
 
 
 def write(
@@ -135,7 +135,7 @@ def training(captions: Sequence[Caption], examples: Sequence[Example]) -> list[E
 # --- writers ----------------------------------------------------------------------------------------------------------
 
 
-def own(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64, max_tokens: int = 8) -> Writer:
+def by_host(model: Model, processor: Processor, prompt: str, *, batch_size: int = 64, max_tokens: int = 8) -> Writer:
     """The host's own LLM with no adapters in use: greedy answers."""
 
     def say(asked: Sequence[Example]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedmm.edge.prepare import Processor, collate, content_of, encode, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.model import Model
-from fedmm.stages.kept import fingerprint, mend
+from fedmm.stages.fingerprint import fingerprint, mend
 from fedmm.storage import disk
 from fedmm.types import IGNORE, Example
 

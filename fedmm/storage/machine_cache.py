@@ -1,4 +1,4 @@
-"""Where a machine keeps what outlives a process: frozen parts under their hash, a client's own state by run.
+"""Where a machine keeps what outlives a process: frozen modules under their hash, a client's own state by run.
 
 Everything is written by `disk.replacing`, so a reader never sees half a file.
 """
@@ -112,32 +112,32 @@ class Rows:
         return found
 
 
-def load_parts(digest: str) -> Mapped | None:
-    """The frozen parts of this hash, or None where they are not here or their file is not whole.
+def load_modules(digest: str) -> Mapped | None:
+    """The frozen modules of this hash, or None where they are not here or their file is not whole.
 
     They had it when they were saved; to hash what may be a gigabyte in every process would read it all.
     """
     try:
-        return Mapped(_parts(digest))
+        return Mapped(_modules(digest))
     except (FileNotFoundError, NotADirectoryError, SafetensorError):
         return None
 
 
-def save_parts(digest: str, parts: State) -> None:
-    """Keep the frozen parts. Raises ValueError where they have another hash, or odd names, which could imitate one."""
-    if odd := [name for name in parts if not re.fullmatch(r"[\w./-]{1,256}", name, re.ASCII)]:
-        raise ValueError(f"the host's frozen parts have a tensor with the name {odd[0][:100]!r}")
-    if (came := tree.digest(parts)) != digest:
-        raise ValueError(f"the host's frozen parts have hash {came[:12]}, its card says {digest[:12]}")
-    save(parts, _parts(digest))
+def save_modules(digest: str, modules: State) -> None:
+    """Keep the frozen modules. Raises ValueError where they have another hash, or odd names that could imitate one."""
+    if odd := [name for name in modules if not re.fullmatch(r"[\w./-]{1,256}", name, re.ASCII)]:
+        raise ValueError(f"the host's frozen modules have a tensor with the name {odd[0][:100]!r}")
+    if (came := tree.digest(modules)) != digest:
+        raise ValueError(f"the host's frozen modules have hash {came[:12]}, its card says {digest[:12]}")
+    save(modules, _modules(digest))
 
 
-def load_kept(run: str, client: int, round: int) -> State | None:
+def load_private(run: str, client: int, round: int) -> State | None:
     """What the client kept at the end of `round` of this run, or None if it took part in none before."""
     return safetensors.torch.load_file(path) if (path := _kept(run, client, round)).exists() else None
 
 
-def save_kept(run: str, client: int, round: int, state: State, needed: int) -> None:
+def save_private(run: str, client: int, round: int, state: State, needed: int) -> None:
     """Keep the client's own state of `round`, and that of `needed`, the last round that the server knows of: until it
     has this round's update it will ask for that one again. Others before this round go; a later one stays, which a
     client that was given up in this round and ended late would take away.
@@ -148,7 +148,7 @@ def save_kept(run: str, client: int, round: int, state: State, needed: int) -> N
             path.unlink(missing_ok=True)
 
 
-def _parts(digest: str) -> Path:
+def _modules(digest: str) -> Path:
     return home() / "edge" / f"{_name(digest)}.safetensors"
 
 

@@ -176,11 +176,11 @@ def test_fedsa_lora_keeps_b_at_home_from_round_to_round(backbone, tmp_path, delt
     run_id = json.loads((path / "environment.json").read_text())["run"]
     assert {tuple(sorted(delta)) for delta in deltas.values()} == {("image.down", "text.down")}
     for client in range(3):
-        mine = machine_cache.load_kept(run_id, client, 3)
+        mine = machine_cache.load_private(run_id, client, 3)
         assert set(mine) == {"shared.image.up", "shared.text.up"}
         for name, tensor in mine.items():
             assert torch.equal(began[4, client][name.removeprefix("shared.")], tensor), "scored with its own B"
-    assert len({tree.digest(machine_cache.load_kept(run_id, client, 3)) for client in range(3)}) == 3
+    assert len({tree.digest(machine_cache.load_private(run_id, client, 3)) for client in range(3)}) == 3
     assert not torch.equal(began[2, 0]["text.up"], began[2, 1]["text.up"])
     assert torch.equal(began[4, 0]["text.down"], states(path)[-1]["text.down"])
     assert summary.scores(path)[3]["global"] is not None, "each client's own, on everybody's part"
@@ -198,7 +198,7 @@ def test_a_private_head_stays_at_its_client_from_round_to_round(backbone, tmp_pa
     assert all(name.startswith("trunk.") for name in states(path)[-1])
     run_id = json.loads((path / "environment.json").read_text())["run"]
     for client in range(3):
-        mine = machine_cache.load_kept(run_id, client, 3)
+        mine = machine_cache.load_private(run_id, client, 3)
         assert heads == {name for name in mine if name.startswith("shared.")}
         for name in heads:
             assert torch.equal(began[4, client][name.removeprefix("shared.")], mine[name]), "scored with its own head"
@@ -218,7 +218,7 @@ def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_
     run_id = json.loads((path / "environment.json").read_text())["run"]
     shared = states(path)[-1]
     for client in range(3):
-        first, last = (machine_cache.load_kept(run_id, client, round) for round in (3, 4))
+        first, last = (machine_cache.load_private(run_id, client, round) for round in (3, 4))
         assert set(last) == {f"local.{name}" for name in shared}
         steps = [(tensor - before).norm() for name, tensor in last.items() for before in [first[name]]]
         assert all(step > 0 for step in steps), "it goes on from what it kept"
@@ -285,7 +285,7 @@ def test_an_update_may_lack_the_image_adapter_whole_and_nothing_else(llava, edge
 def test_a_smaller_client_is_the_servers_cut(llava, local_llm, items):
     """The first rows of A and columns of B, at the server's scale: where the rest of B is zero, the same outputs."""
     large, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0)
-    small, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, own_rank=2)
+    small, _ = frozen_modules.build(frozen_modules.take(*llava), rank=4, alpha=8.0, client_rank=2)
     for edge in (large, small):
         edge.reset(seeds.generator(0, "test"))
     assert tree.digest(tree.clone(cut(large.state(), 2))) == tree.digest(small.state())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import DATA, SMALL, served
 
-from fedmm.federation.client import Order, take_part
+from fedmm.federation.client import Order, carry_out
 from fedmm.methods import feddat
 
 
@@ -33,7 +33,7 @@ def test_every_set_begins_as_the_state_that_arrives(llava, backbone, edge, local
     with served(llava, edge, local_llm) as (host, taken):
         overrides = (*backbone, *SMALL, *DATA, "arm=feddat")
         address = f"127.0.0.1:{host.port}"
-        take_part(Order(overrides, "a" * 32, 1, 0, address, host.token(1, 0), train=True, score=False))
+        carry_out(Order(overrides, "a" * 32, 1, 0, address, host.token(1, 0), train=True, score=False))
     assert len(taken) == 1
     for name, state in began.items():
         assert state.keys() == edge.state().keys()

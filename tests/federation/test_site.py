@@ -84,7 +84,7 @@ def test_an_honest_order_is_done_over_tls_and_its_texts_stay(backbone, host, mon
 
 def test_an_order_for_another_client_is_refused(backbone, host):
     reply = sent(order(host, asked(backbone), client=1), node=0)
-    assert messages.read_lost(reply) == reasons.told("order", 1)
+    assert messages.read_lost(reply) == reasons.describe("order", 1)
 
 
 CHAIN = "{_target_:fedmm.cli.main,argv:[compare,RECORDS,--into,FILE]}"  # each of fedmm's own functions, and all legal
@@ -117,7 +117,7 @@ def test_an_order_names_only_targets_that_conf_lists_there(backbone, host, tmp_p
     override = override.replace("RECORDS", str(records)).replace("FILE", str(file))
     sys.modules.pop("fedmm.bench.memory", None)
     reply = sent(order(host, [*asked(backbone), override, "label=os.system"]))
-    assert messages.read_lost(reply) in {reasons.told("settings", n) for n in (1, 2, 3)}
+    assert messages.read_lost(reply) in {reasons.describe("settings", n) for n in (1, 2, 3)}
     assert not list(tmp_path.glob("owned*")) and "fedmm.bench.memory" not in sys.modules
 
 
@@ -141,7 +141,7 @@ def test_an_order_reads_no_environment(backbone, host, monkeypatch, override):
     """Found in a review: the variable came back inside the error that it made."""
     monkeypatch.setenv("SECRET", SECRET)
     reply = sent(order(host, [*asked(backbone), override]))
-    assert messages.read_lost(reply) == reasons.told("settings", 1)
+    assert messages.read_lost(reply) == reasons.describe("settings", 1)
     assert SECRET not in everything(reply)
 
 
@@ -174,7 +174,7 @@ def test_an_order_reads_no_folder_but_below_the_sites_root(backbone, host, monke
             monkeypatch.setenv("FEDMM_DATA", str(root))
         for path in refused:
             reply = sent(order(host, of_folder(backbone, path)))
-            assert messages.read_lost(reply) == reasons.told("site", 1), path
+            assert messages.read_lost(reply) == reasons.describe("site", 1), path
             assert SECRET not in everything(reply) and str(tmp_path) not in everything(reply)
 
 
@@ -182,7 +182,7 @@ def test_what_goes_wrong_with_data_leaves_as_a_reason_alone(backbone, host, monk
     """Found in a review: an error at a site brought its paths into the server's events."""
     monkeypatch.setenv("FEDMM_DATA", str(folder))
     reply = sent(order(host, of_folder(backbone, folder / "aqua")))
-    assert messages.read_lost(reply) == reasons.told("data", 1)
+    assert messages.read_lost(reply) == reasons.describe("data", 1)
     assert SECRET not in everything(reply) and str(folder) not in everything(reply)
 
 
@@ -190,20 +190,20 @@ def test_a_node_without_a_number_says_so_by_its_reason():
     message = messages.ask_who(0)
     message.metadata.__dict__["_message_id"] = "1"
     reply = client_app.app(message, Context(1, 0, {"partition-id": SECRET}, RecordDict(), {}))
-    assert messages.read_lost(reply) == reasons.told("order", 1) and SECRET not in everything(reply)
+    assert messages.read_lost(reply) == reasons.describe("order", 1) and SECRET not in everything(reply)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"round": "3"}, {"kept_round": "0"}, {"overrides": (1,)}, {"run": 7}, {"client": True}]
+    "changes", [{"round": "3"}, {"private_round": "0"}, {"overrides": (1,)}, {"run": 7}, {"client": True}]
 )
 def test_an_order_that_is_none_is_refused(backbone, host, changes):
     fake = Order(**{**vars(order(host, asked(backbone))), **changes})
-    assert messages.read_lost(sent(fake)) == reasons.told("order", 1)
+    assert messages.read_lost(sent(fake)) == reasons.describe("order", 1)
 
 
 def test_a_site_insists_on_settings(backbone, host, monkeypatch):
     monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense evaluate.predictions=false edge.ranks=[4] nothing=1")
-    assert messages.read_lost(sent(order(host, asked(backbone)))) == reasons.told("site", 4)
+    assert messages.read_lost(sent(order(host, asked(backbone)))) == reasons.describe("site", 4)
     monkeypatch.setenv("FEDMM_REQUIRE", "link.local=dense evaluate.predictions=false optimizer.lr=3e-3 edge.ranks=null")
     agreed = [*asked(backbone), "link.local=dense", "evaluate.predictions=false", "optimizer.lr=0.003"]
     assert report_of(sent(order(host, agreed, answers=False))).scores
@@ -219,14 +219,14 @@ def test_a_site_insists_on_settings(backbone, host, monkeypatch):
         ([], {"address": "dns://1.1.1.1/host:1"}),
         ([], {"round": 4}),
         ([], {"round": 0}),
-        ([], {"kept_round": 3}),
-        ([], {"kept_round": -1}),
+        ([], {"private_round": 3}),
+        ([], {"private_round": -1}),
     ],
 )
 def test_an_order_says_what_its_settings_say(backbone, host, extra, changes):
     """Found in a review: a required setting held in the overrides, and the order's other fields did otherwise."""
     reply = sent(order(host, [*asked(backbone), *extra], **changes))
-    assert messages.read_lost(reply) == reasons.told("order", 1)
+    assert messages.read_lost(reply) == reasons.describe("order", 1)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_an_order_says_what_its_settings_say(backbone, host, extra, changes):
 )
 def test_an_order_beyond_all_bounds_is_refused_at_once(backbone, host, override):
     reply = sent(order(host, [*asked(backbone), override]))
-    assert messages.read_lost(reply) == reasons.told("settings", 1)
+    assert messages.read_lost(reply) == reasons.describe("settings", 1)
 
 
 @pytest.mark.run
@@ -251,7 +251,7 @@ def test_an_order_cannot_have_what_a_client_keeps_sent(backbone, tmp_path, monke
     id = json.loads((here / "environment.json").read_text())["run"]
     cfg = composition.compose([*asked(backbone), "rounds=3"])
     edge = build.server_edge(cfg, build.whole(cfg))
-    asks = Order(overrides=(), run=id, round=2, client=0, address="", token="", kept_round=1)
+    asks = Order(overrides=(), run=id, round=2, client=0, address="", token="", private_round=1)
     with pytest.raises(reasons.Lost, match="local adapters of round 1 are not under"):
         client_side._kept(composition.compose([*asked(backbone), "schema=share_a"]), edge, replace(asks, run="b" * 32))
     kept = client_side._kept(composition.compose([*asked(backbone), "schema=share_a", "rounds=3"]), edge, asks)
@@ -271,7 +271,7 @@ def test_the_frozen_copy_of_what_a_client_keeps_is_private_too():
 def test_an_order_downloads_nothing_unless_the_site_says_so(backbone, host, monkeypatch):
     kept = [o for o in asked(backbone) if not o.startswith("dataset.")]
     reply = sent(order(host, [*kept, "dataset=cifar10_lt"]))
-    assert messages.read_lost(reply) == reasons.told("site", 1)
+    assert messages.read_lost(reply) == reasons.describe("site", 1)
 
 
 def test_a_path_that_may_not_be_looked_at_is_not_below_the_root(monkeypatch, tmp_path):
@@ -359,7 +359,7 @@ def test_a_panic_in_a_library_leaves_as_a_reason(backbone, host, monkeypatch):
 
     monkeypatch.setattr(frozen_modules, "_tokenizer", panics)
     reply = sent(order(host, asked(backbone)))
-    assert messages.read_lost(reply) == reasons.told("backbone", 1) and SECRET not in everything(reply)
+    assert messages.read_lost(reply) == reasons.describe("backbone", 1) and SECRET not in everything(reply)
 
 
 def test_a_prompt_of_the_host_is_no_format_string(processor):
@@ -369,7 +369,7 @@ def test_a_prompt_of_the_host_is_no_format_string(processor):
 
 def test_a_reason_that_is_not_on_the_list_is_refused():
     with pytest.raises(ValueError, match="not a valid Reason"):
-        reasons.told(SECRET, 1)
+        reasons.describe(SECRET, 1)
 
 
 @pytest.mark.parametrize("target", sorted(frozenset().union(*targets.listed().values())))

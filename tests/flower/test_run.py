@@ -154,9 +154,9 @@ def test_a_path_may_hold_any_character(backbone, tmp_path):
 def test_a_client_that_ends_late_leaves_what_it_kept_since():
     """Given up in round 2, it trained on; round 3 of the same client was accepted in the meantime."""
     for round in (1, 2, 3):
-        machine_cache.save_kept("a-run", 0, round, {"local.up": torch.full((1,), round)}, needed=round - 1)
-    machine_cache.save_kept("a-run", 0, 2, {"local.up": torch.zeros(1)}, needed=1)
-    assert machine_cache.load_kept("a-run", 0, 3)["local.up"] == 3
+        machine_cache.save_private("a-run", 0, round, {"local.up": torch.full((1,), round)}, needed=round - 1)
+    machine_cache.save_private("a-run", 0, 2, {"local.up": torch.zeros(1)}, needed=1)
+    assert machine_cache.load_private("a-run", 0, 3)["local.up"] == 3
 
 
 @pytest.mark.run
@@ -167,9 +167,9 @@ def test_local_exchanges_nothing_and_goes_on_from_what_it_kept(backbone, tmp_pat
     ]
     assert sum(row["up_bytes"] + row["down_bytes"] for row in ledger) < 5000, "headers, and no tensor"
     run_id = json.loads((path / "environment.json").read_text())["run"]
-    states = [machine_cache.load_kept(run_id, client, 3) for client in range(3)]
+    states = [machine_cache.load_private(run_id, client, 3) for client in range(3)]
     assert len({tree.digest(state) for state in states}) == 3, "every client has its own"
-    assert machine_cache.load_kept(run_id, 0, 1) is None and machine_cache.load_kept(run_id, 0, 2) is not None, (
+    assert machine_cache.load_private(run_id, 0, 1) is None and machine_cache.load_private(run_id, 0, 2) is not None, (
         "two rounds are kept"
     )
     losses = [row["loss"]["0"] for row in rounds(path)]
@@ -216,21 +216,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(backbone, tmp_path):
 @pytest.mark.run
 def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, finished, tmp_path, monkeypatch):
     whole = finished("arm=fedavg")
-    take_part, trained = client_side.take_part, []
+    carry_out, trained = client_side.carry_out, []
 
     def dies_at_client_two(order):
         if order.train:
             trained.append((order.round, order.client))
             if (order.round, order.client) == (2, 2):
                 raise SystemExit("killed")
-        return take_part(order)
+        return carry_out(order)
 
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", dies_at_client_two)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", dies_at_client_two)
     with pytest.raises(SystemExit):
         run(backbone, tmp_path / "killed", "arm=fedavg")
     assert trained[-3:] == [(2, 0), (2, 1), (2, 2)]
     trained.clear()
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", lambda order: (trained.append(order), take_part(order))[1])
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", lambda order: (trained.append(order), carry_out(order))[1])
     again = run(backbone, tmp_path / "killed", "arm=fedavg")
     assert [(order.round, order.client) for order in trained if order.train] == [(2, 2)]
     assert rounds(again) == rounds(whole)
@@ -244,18 +244,18 @@ def test_a_killed_server_does_not_ask_again_for_what_it_has(backbone, finished, 
 def test_a_run_killed_inside_a_round_ends_with_the_same_table(backbone, tmp_path, monkeypatch, arm):
     """What a client had moved, scored and kept before the server was killed counts once, and is asked for once."""
     whole = run(backbone, tmp_path / "whole", f"arm={arm}", "rounds=3")
-    take_part = client_side.take_part
+    carry_out = client_side.carry_out
 
     def dies_at_client_two(order):
         if order.train and (order.round, order.client) == (2, 2):
             raise SystemExit("killed")
-        return take_part(order)
+        return carry_out(order)
 
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", dies_at_client_two)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", dies_at_client_two)
     with pytest.raises(SystemExit):
         run(backbone, tmp_path / "killed", f"arm={arm}", "rounds=3")
     assert len(list((tmp_path / "killed" / "journal").rglob("client_*.safetensors"))) == 2
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", take_part)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", carry_out)
     killed = run(backbone, tmp_path / "killed", f"arm={arm}", "rounds=3")
     assert rounds(killed) == rounds(whole) and summary.scores(killed) == summary.scores(whole)
     ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (killed, whole))
@@ -273,18 +273,18 @@ def test_a_run_killed_inside_a_round_ends_with_the_same_table(backbone, tmp_path
 def test_a_run_killed_between_an_update_and_its_report_counts_both_once(backbone, tmp_path, monkeypatch, where, every):
     options = ["arm=fedavg", f"llm.where={where}", f"evaluate.every={every}"]
     whole = run(backbone, tmp_path / "whole", *options)
-    take_part = client_side.take_part
+    carry_out = client_side.carry_out
 
     def is_not_heard(order):
-        report = take_part(order)
+        report = carry_out(order)
         if (order.round, order.client) == (2, 1):
             raise SystemExit("killed")
         return report
 
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", is_not_heard)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", is_not_heard)
     with pytest.raises(SystemExit):
         run(backbone, tmp_path / "killed", *options)
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", take_part)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", carry_out)
     killed = run(backbone, tmp_path / "killed", *options, page=True)
     assert rounds(killed) == rounds(whole) and summary.scores(killed) == summary.scores(whole)
     ours, theirs = (json.loads((path / "summary.json").read_text()) for path in (killed, whole))
@@ -301,7 +301,7 @@ def run_id(path: Path) -> str:
 def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path, monkeypatch, arm):
     began: dict[tuple[int, int], str] = {}
     ended: dict[tuple[int, int], str] = {}
-    load, save = client_side._load_sets, machine_cache.save_kept
+    load, save = client_side._load_sets, machine_cache.save_private
 
     def loaded(cfg, edge, order, arrived):
         load(cfg, edge, order, arrived)
@@ -312,7 +312,7 @@ def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path
         save(run, client, round, state, needed)
 
     monkeypatch.setattr(client_side, "_load_sets", loaded)
-    monkeypatch.setattr(machine_cache, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_private", saved)
     path = run(backbone, tmp_path / "run", f"arm={arm}", "clients_per_round=2", "rounds=6")
     took = {client: [row["round"] for row in rounds(path) if client in row["clients"]] for client in range(3)}
     pairs = [(client, pair) for client, own in took.items() for pair in itertools.pairwise(own)]
@@ -325,7 +325,7 @@ def test_a_client_that_sat_out_goes_on_from_what_it_last_kept(backbone, tmp_path
 
 @pytest.mark.run
 def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_missing(backbone, tmp_path, monkeypatch):
-    take_part, asked = client_side.take_part, []
+    carry_out, asked = client_side.carry_out, []
 
     def away(times):
         def answer(order):
@@ -333,14 +333,14 @@ def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_mi
                 asked.append(order)
                 if len(asked) <= times:
                     raise FedmmError("away")
-            return take_part(order)
+            return carry_out(order)
 
         return answer
 
     found = {}
     for times in (1, 2):
         asked.clear()
-        monkeypatch.setattr("fedmm.flower.client_app.take_part", away(times))
+        monkeypatch.setattr("fedmm.flower.client_app.carry_out", away(times))
         found[times] = run(backbone, tmp_path / str(times), "arm=local", page=True)
         assert len(asked) == 2
     told = {times: json.loads((path / "summary.json").read_text()) for times, path in found.items()}
@@ -355,7 +355,7 @@ def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_mi
 
 @pytest.mark.run
 def test_who_says_nothing_for_all_of_the_last_scoring_is_not_waited_for_again(backbone, tmp_path, monkeypatch):
-    take_part, record = client_side.take_part, server_side._Arm._record
+    carry_out, record = client_side.carry_out, server_side._Arm._record
     asked, recorded = [], []
 
     class Clock:
@@ -373,13 +373,13 @@ def test_who_says_nothing_for_all_of_the_last_scoring_is_not_waited_for_again(ba
             while len(recorded) < 2:
                 time.sleep(0.05)
             time.sleep(1)
-        return take_part(order)
+        return carry_out(order)
 
     def recording(arm, order, report):
         record(arm, order, report)
         recorded.extend([order.client] * (order.round == 2))
 
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", silent)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", silent)
     monkeypatch.setattr(server_side._Arm, "_record", recording)
     monkeypatch.setattr(server_side, "time", Clock())
     path = run(backbone, tmp_path / "run", "arm=local", "rounds=1", "run.at_once=3", page=True)
@@ -409,13 +409,13 @@ LIES = (
 @pytest.mark.run
 def test_a_report_that_cannot_be_is_not_believed(backbone, tmp_path, monkeypatch):
     """One lie in each round."""
-    honest = client_side.take_part
+    honest = client_side.carry_out
 
     def lying(order):
         report = honest(order)
         return replace(report, **LIES[order.round - 1][0]) if order.client == 0 and order.train else report
 
-    monkeypatch.setattr("fedmm.flower.client_app.take_part", lying)
+    monkeypatch.setattr("fedmm.flower.client_app.carry_out", lying)
     path = run(backbone, tmp_path / "run", "arm=fedavg", f"rounds={len(LIES)}", "evaluate.every=1")
     failed = {row["round"]: row["failed"] for row in read_rows(path / "events.jsonl") if row["event"] == "round"}
     for round, (_, says) in enumerate(LIES, start=1):
@@ -497,9 +497,11 @@ def test_lora_in_the_encoder_runs_end_to_end(backbone, tmp_path):
 
 @pytest.mark.run
 def test_a_client_that_lost_what_it_kept_is_told(backbone, tmp_path, monkeypatch):
-    load_kept = machine_cache.load_kept
+    load_private = machine_cache.load_private
     monkeypatch.setattr(
-        machine_cache, "load_kept", lambda run, client, round: None if client == 1 else load_kept(run, client, round)
+        machine_cache,
+        "load_private",
+        lambda run, client, round: None if client == 1 else load_private(run, client, round),
     )
     path = run(backbone, tmp_path / "run", "arm=local")
     assert "'s local adapters of round 1 are not under" in rounds(path)[1]["lost"]["1"]
@@ -618,13 +620,13 @@ def test_feddats_local_adapter_moves_in_every_round_and_stays_at_home(
     monkeypatch.setattr(Host, "_take_update", watched)
     monkeypatch.setattr(client_side, "_load_sets", loaded)
     kept: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    save = machine_cache.save_kept
+    save = machine_cache.save_private
 
     def saved(run, who, round, state, needed):
         kept[who, round] = tree.clone(state)
         save(run, who, round, state, needed)
 
-    monkeypatch.setattr(machine_cache, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_private", saved)
     run(backbone, tmp_path / "run", f"arm={arm}", f"edge.rank={rank}", "rounds=3", "schedule=constant")
     for who in range(3):
         assert len({tree.digest(kept[who, round]) for round in (1, 2, 3)}) == 3, "it moves in every round"
@@ -649,7 +651,7 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
     sent: list[tuple[str, frozenset[str]]] = []
     values: list[bytes] = []
     kept: list[bytes] = []
-    encode, save = wire.encode, machine_cache.save_kept
+    encode, save = wire.encode, machine_cache.save_private
 
     def watched(frame):
         sent.append((frame.verb, frozenset(name.split(".")[0] for name in frame.tensors)))
@@ -661,7 +663,7 @@ def test_with_link_local_dense_nothing_of_what_is_kept_is_in_any_frame(backbone,
         save(run, who, round, state, needed)
 
     monkeypatch.setattr(wire, "encode", watched)
-    monkeypatch.setattr(machine_cache, "save_kept", saved)
+    monkeypatch.setattr(machine_cache, "save_private", saved)
     named: dict[str, set[str]] = {}
     seen: dict[str, int] = {}
     for local in ("factored", "dense"):

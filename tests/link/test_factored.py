@@ -264,7 +264,7 @@ nan = torch.full((16, 4), float("nan"))
         ({"codecs": ["zip"] * 4}, "codecs are four of"),
         ({"up__0": torch.zeros(16, 65), "h__0": torch.zeros(12, 65)}, "a term of rank 65, at most 64; lower edge.rank"),
         ({"up__0": torch.zeros(16, 1 << 20), "step_memory_bytes": 16 << 20}, "MB of the host's memory, at most 16"),
-        ({"codecs": ["none", "int8", "none", "none"]}, "'h.0': int8 is the parts"),
+        ({"codecs": ["none", "int8", "none", "none"]}, "'h.0': int8 is the pieces"),
     ],
 )
 def test_a_factored_step_that_is_wrong_is_refused(llava, edge, local_llm, featured, changes, says):

@@ -230,17 +230,17 @@ def test_images_are_not_held(eyes, processor):
 def test_frozen_parts_are_mapped_and_those_that_are_not_whole_are_not_there(llava, own_home):
     taken = frozen_modules.take(*llava)
     digest = tree.digest(taken)
-    assert machine_cache.load_parts(digest) is None
-    with pytest.raises(ValueError, match="the host's frozen parts have hash"):
-        machine_cache.save_parts("0" * 64, taken)
-    machine_cache.save_parts(digest, taken)
-    mapped = machine_cache.load_parts(digest)
+    assert machine_cache.load_modules(digest) is None
+    with pytest.raises(ValueError, match="the host's frozen modules have hash"):
+        machine_cache.save_modules("0" * 64, taken)
+    machine_cache.save_modules(digest, taken)
+    mapped = machine_cache.load_modules(digest)
     assert tree.digest(mapped) == digest and "table" in mapped and "other" not in mapped
     built, _ = frozen_modules.build(mapped, encoder=False)
     assert built.encoder is None
     path = machine_cache.home() / "edge" / f"{digest}.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert machine_cache.load_parts(digest) is None
+    assert machine_cache.load_modules(digest) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

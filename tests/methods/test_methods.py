@@ -280,7 +280,7 @@ def test_what_begin_found_is_there_before_the_first_step(llava, local_llm):
     seen = []
 
     def looking(model, batch, step):
-        seen.append((step.step, step.kept["begin"]["answers"]))
+        seen.append((step.step, step.scratch["begin"]["answers"]))
         yield from lora(model, batch, step)
 
     trained(llava, local_llm, looking, begin=counts)

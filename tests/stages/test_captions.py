@@ -22,8 +22,8 @@ from fedmm.llm.loading import tiny as load_tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.model import SplitModel
 from fedmm.stages.caption_records import Caption, keep
-from fedmm.stages.captions import Writer, hub, oracle, own, prepared, training, write
-from fedmm.stages.kept import fingerprint
+from fedmm.stages.captions import Writer, by_host, hub, oracle, prepared, training, write
+from fedmm.stages.fingerprint import fingerprint
 
 PROMPTS = ["{question}", "what is the sum ?", "which digit is left ?"]
 
@@ -199,14 +199,14 @@ def test_own_says_what_the_llm_generates_without_adapters(tiny, open_scenes):
         for parameter in moved.trainable("shared").values():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
     tuned = replace(model, edge=moved)
-    assert own(tuned, processor, prompt, batch_size=5).say(open_scenes) == wanted
+    assert by_host(tuned, processor, prompt, batch_size=5).say(open_scenes) == wanted
     found = answers(tuned, encode(moved, prepare(open_scenes, processor, prompt)), processor.tokenizer)
     assert [answer.said for answer in found] != wanted
 
 
 def test_a_name_changes_with_what_the_text_depends_on_and_with_nothing_else(llava, edge, processor, tmp_path):
     def name(model, prompt=PROMPT, processor=processor, **options):
-        return own(model, processor, prompt, **options).name
+        return by_host(model, processor, prompt, **options).name
 
     model = SplitModel(edge, LocalLLM(llava[0]))
     base = name(model)
@@ -255,7 +255,7 @@ def open_scenes():
 def test_a_model_of_a_hub_says_what_the_same_model_says_as_the_hosts_own(tiny, tiny_folder, open_scenes):
     """By a template and by a chat template, in batches of prompts of different lengths."""
     options = {"path": str(tiny_folder), "dtype": "float32", "device": "cpu", "max_tokens": 8}
-    mine = own(*tiny).say(open_scenes)
+    mine = by_host(*tiny).say(open_scenes)
     plain = hub(*tiny, template="<image> {question}", batch_size=5, **options)
     assert plain.say(open_scenes) == mine
     assert sum(a == e.answer for a, e in zip(mine, open_scenes, strict=True)) >= 9
@@ -358,8 +358,8 @@ def test_a_node_of_captions_gives_examples_to_train_on(name, tiny, tiny_folder, 
     cfg = load([f"captions={name}", *extra[name]])
     made = make(cfg.captions)(*tiny, open_scenes, tmp_path / "captions.jsonl")
     asked = len((tmp_path / "captions.jsonl").read_text().splitlines())
-    assert asked == len(made.kept) + sum(made.dropped.values()) and len(made.examples) == len(made.kept) > 0
-    assert {caption.writer.split(":")[0] for caption in made.kept} == {name}
+    assert asked == len(made.used) + sum(made.dropped.values()) and len(made.examples) == len(made.used) > 0
+    assert {caption.writer.split(":")[0] for caption in made.used} == {name}
     if name == "own":
         own_words = {e.question: e.answer for e in open_scenes}
         assert asked > 80 and sum(own_words.get(e.question) == e.answer for e in made.examples) > 0

@@ -168,7 +168,7 @@ def test_alignment_returns_the_best_it_has_seen_on_held_out_data(model, open_ite
     start = model.edge.state()
     before = loss_of(model, start, open_items[6:])
     found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, steps=20, lr=1e-2, beta=0.0)
-    assert found.kept > 0 and found.loss_before == pytest.approx(before)
+    assert found.best_step > 0 and found.loss_before == pytest.approx(before)
     assert loss_of(model, found.state, open_items[6:]) == pytest.approx(found.loss_after)
     assert found.loss_after < before and found.steps == 20
     assert found.state.keys() == start.keys()
@@ -199,8 +199,8 @@ def test_it_is_the_written_out_loop(model, open_items):
         torch.nn.utils.clip_grad_norm_([p for p in model.edge.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         states.append(model.edge.state())
-    assert tree.digest(found.state) == tree.digest([start, *states][found.kept])
-    assert found.kept, "a loss that was not lowered would show nothing"
+    assert tree.digest(found.state) == tree.digest([start, *states][found.best_step])
+    assert found.best_step, "a loss that was not lowered would show nothing"
 
 
 def test_only_what_is_named_is_tuned(model, open_items):
@@ -219,7 +219,7 @@ def test_only_what_is_named_is_tuned(model, open_items):
 def test_alignment_that_is_not_finite_gives_the_aggregate_back(model, open_items):
     start = model.edge.state()
     found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, lr=1e30, check_every=5, beta=0.0)
-    assert found.kept == 0 and tree.digest(found.state) == tree.digest(start) and found.steps < 60
+    assert found.best_step == 0 and tree.digest(found.state) == tree.digest(start) and found.steps < 60
     assert found.loss_after == found.loss_before and "lower align.step.lr" in found.reason
 
 
@@ -229,7 +229,7 @@ def test_alignment_stops_where_held_out_data_get_worse(model, open_items, monkey
     monkeypatch.setattr(aligning, "measured", lambda *_: (next(told), 0.5))
     start = model.edge.state()
     found = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, check_every=5, patience=2, beta=0.0)
-    assert (found.steps, found.kept, found.loss_before, found.loss_after) == (15, 5, 1.0, 0.9)
+    assert (found.steps, found.best_step, found.loss_before, found.loss_after) == (15, 5, 1.0, 0.9)
     assert found.reason == "no better on held-out open data since step 5"
     five = align(model, start, open_items[:6], no_teacher, open_items[6:], 0, 1, steps=5, beta=0.0)
     assert tree.digest(found.state) == tree.digest(five.state), "that of step 5, not the last"
