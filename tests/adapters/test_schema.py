@@ -11,7 +11,7 @@ from helpers import PROMPT, in_tiers, rounds, run, served, some_examples, visiti
 
 from fedmm import seeds, tree
 from fedmm.adapters.nano import cut
-from fedmm.adapters.schema import AnySchema, fits, kept, sent
+from fedmm.adapters.schema import AnySchema, fits, private, sent
 from fedmm.config import composition, derived, targets
 from fedmm.edge import frozen_modules
 from fedmm.edge.prepare import collate, encode, prepare
@@ -46,7 +46,7 @@ def test_whatever_travels_is_trained_and_the_frozen_copy_never_is(name):
         assert all(fits(f"shared.{key}", now.trains) for key in sends)
         assert set(sends) <= set(sent(schema, 5, NAMES))
         assert not any(fits(f"frozen.{key}", now.trains) for key in NAMES)
-        keeps = kept(schema, 5, [f"{one}.{key}" for one in ("shared", "local", "frozen") for key in NAMES], round)
+        keeps = private(schema, 5, [f"{one}.{key}" for one in ("shared", "local", "frozen") for key in NAMES], round)
         assert not {f"shared.{key}" for key in sent(schema, 5, NAMES)} & set(keeps)
 
 
@@ -57,9 +57,11 @@ def test_what_each_sends_and_holds():
     rolora = schema_of("alternate")
     assert [set(sent(rolora, 4, NAMES, round)) for round in (1, 2, 3, 4)] == [B, A, B, A]
     assert set(sent(rolora, 4, NAMES)) == set(NAMES) and set(sent(rolora, 1, NAMES)) == B
-    assert kept(rolora, 4, [f"shared.{key}" for key in NAMES]) == []
-    assert set(kept(schema_of("share_a"), 4, [f"shared.{key}" for key in NAMES], 1)) == {f"shared.{key}" for key in B}
-    assert kept(schema_of("share_a"), 4, [f"shared.{key}" for key in NAMES], 0) == []
+    assert private(rolora, 4, [f"shared.{key}" for key in NAMES]) == []
+    assert set(private(schema_of("share_a"), 4, [f"shared.{key}" for key in NAMES], 1)) == {
+        f"shared.{key}" for key in B
+    }
+    assert private(schema_of("share_a"), 4, [f"shared.{key}" for key in NAMES], 0) == []
 
 
 def test_who_has_a_model_of_its_own():
