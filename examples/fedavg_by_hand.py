@@ -24,7 +24,7 @@ from fedmm.edge.prepared import Prepared
 from fedmm.llm.loading import tiny
 from fedmm.llm.local import LocalLLM
 from fedmm.losses import answer_cross_entropy
-from fedmm.model import Model
+from fedmm.model import SplitModel
 from fedmm.types import Example, State, Update
 
 
@@ -41,7 +41,7 @@ def federation(
     backbone = tiny(prompt="<image> {question}")
     frozen = frozen_modules.take(backbone.model, backbone.processor)  # encoder, connector, token table
     edge, processor = frozen_modules.build(frozen)  # the same with adapters, which alone are trained
-    model = Model(edge, LocalLLM(backbone.model))
+    model = SplitModel(edge, LocalLLM(backbone.model))
 
     shares = dirichlet(train, clients, seeds.generator(seed, "partition"))
     items = [encode(edge, prepare(Some(train, share), processor, backbone.prompt)) for share in shares]
@@ -62,7 +62,7 @@ def federation(
 
 
 def train_locally(
-    model: Model, items: Sequence[Prepared], rate: float, batch_size: int, order: torch.Generator
+    model: SplitModel, items: Sequence[Prepared], rate: float, batch_size: int, order: torch.Generator
 ) -> float:
     """One epoch of AdamW on the adapters; returns the mean loss of its steps."""
     parameters = [*model.edge.trainable("shared").values()]

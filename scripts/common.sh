@@ -2,7 +2,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="${FEDMM_VENV:-$root/.venv}" # FEDMM_VENV: an environment that has the package already
-state="${FEDMM_STATE:-$root/.fedmm}" # Flower's home, logs, the cache of frozen parts, loopback.sh's keys
+state="${FEDMM_STATE:-$root/.fedmm}" # Flower's home, logs, the cache of frozen modules, loopback.sh's keys
 export PATH="$venv/bin:$PATH"
 export FEDMM_HOME="${FEDMM_HOME:-$state/cache}" FLWR_HOME="$state/flower"
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 RAY_USAGE_STATS_ENABLED=0

@@ -45,8 +45,8 @@ def page() -> str:
             *verbs,
             "\n| frame | header | tensors | channel in the ledger |\n| --- | --- | --- | --- |",
             *pairs,
-            "\nA step, the part that four requests share, is in one of two encodings. Of the factored step's `keys`,",
-            "`features` and `image_part` there is one.\n\n| step | header | tensors |\n| --- | --- | --- |",
+            "\nFour requests carry a step, in one of two encodings. A factored step has exactly one of `keys`,",
+            "`features` and `image_part`.\n\n| step | header | tensors |\n| --- | --- | --- |",
             *steps,
             "",
         ]

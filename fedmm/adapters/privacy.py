@@ -1,8 +1,8 @@
-"""What of a client's adapters may leave it while it trains and is scored.
+"""Which of a client's adapters may leave it while it trains and is scored.
 
-Of a private set neither B, nor h, nor its token adapter leaves the client. So a step in which it acts sends the sum of
-all terms alone, and an answer is made a token at a time, each a step of its own. What is sent after training is the
-schema's to say (`adapters/schema.py`).
+B, h and the token adapter of a private set stay at the client. So a step in which the set acts sends only the sum of
+all terms. An answer is generated one token at a time, with a step for each token. The schema decides what is sent
+after training (`adapters/schema.py`).
 """
 
 from __future__ import annotations

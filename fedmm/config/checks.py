@@ -55,7 +55,7 @@ def _too_much(cfg: Config) -> Iterator[Mistake]:
 
 
 def _bounded(cfg: Config, bounds: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
-    """The settings of `bounds` that have a number, each with its bound; of a step that is off there is none."""
+    """The settings of `bounds` that are numbers, each with its bound. A step that is off has none."""
     for path, bound in bounds.items():
         value = OmegaConf.select(typing.cast(DictConfig, cfg), path)
         if isinstance(value, int | float):
@@ -63,7 +63,7 @@ def _bounded(cfg: Config, bounds: Mapping[str, float]) -> Iterator[tuple[str, fl
 
 
 def _beside(node: Any, *given: Any) -> Iterator[Mistake]:
-    """What the `check` in a function's file says, of what is `given` and of those settings that it takes."""
+    """The mistakes that `check` in a function's file finds, in what is `given` and in the settings that it takes."""
     if node and (check := targets.beside(node, "check")):
         takes = {name for name, p in inspect.signature(check).parameters.items() if p.kind is p.KEYWORD_ONLY}
         yield from check(*given, **{name: value for name, value in targets.settings_of(node).items() if name in takes})
@@ -261,7 +261,7 @@ def _sets_named(cfg: Config) -> tuple[dict[str, list[str]], set[str]]:
 
 
 def _rehearse(cfg: Config) -> Iterator[Mistake]:
-    """What schema and rule say to rounds of clients who all changed the same: they know best what they cannot do."""
+    """Try schema and rule on rounds of made-up equal updates: they know best what they cannot do."""
     one_set = zeros(cfg) if "shared" in cfg.method.sets else {}
     try:
         schema, rule = make(cfg.schema), make(cfg.rule)

@@ -266,8 +266,12 @@ def _train(cfg: Config, order: Order, session: Session, model: Model, items: lis
     }
     if llm:  # a report tells of scoring too, and may be lost where the update is not
         metrics["llm_samples"] = float(llm.samples - before)
-    session.ask(messages.UpdateRequest.of(Update(order.client, delta, len(items), sure, metrics)))
+    _send(session, Update(order.client, delta, len(items), sure, metrics))
     return metrics
+
+
+def _send(session: Session, update: Update) -> None:
+    session.ask(messages.UpdateRequest.of(update))
 
 
 def _items(cfg: Config, built: Built, split: str, part: int) -> list[Prepared]:

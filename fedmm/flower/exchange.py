@@ -1,6 +1,6 @@
 """One exchange with clients: orders out and reports in over Flower, while updates arrive over the link.
 
-Whatever a client sends costs no other client anything: what cannot be read is a reason why that client is lost.
+What one client sends costs no other client anything. A client whose reply cannot be read is lost, with a reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Inbox:
         self._failure: FedmmError | None = None  # the folder did not take an update: the run cannot go on
 
     def take(self, round: int, update: Update, moved: Moved) -> None:
-        """Make an update safe. Raises ValueError, for the client to read, if it is not: then it is not acknowledged."""
+        """Check an update and journal it. Raises ValueError, for the client to read, if the update is not taken."""
         if fault := self.claims.examples_fault(update.client, update.num_examples):
             raise ValueError(f"the update {fault}")
         try:
@@ -57,7 +57,10 @@ class Exchange:
         self.recorder, self.claims = inbox.recorder, inbox.claims
 
     def __call__(self, orders: Sequence[Order], title: str) -> dict[int, str]:
-        """Why clients gave no report, or their update was refused. Ends the host's round. `title` is for the log."""
+        """Send the orders, take the reports, end the host's round. `title` is for the log.
+
+        Returns, by client, why it gave no report or why its update was refused.
+        """
         sent = [messages.send_order(order, self.nodes[order.client]) for order in orders]
         order_bytes = {order.client: messages.size_bytes(m) for order, m in zip(orders, sent, strict=True)}
         lost: dict[int, str] = {}
@@ -78,8 +81,10 @@ class Exchange:
         return lost | {client: one_line(reason) for client, reason in refused.items()}
 
     def _reports(self, pending: dict[str, Order], order_bytes: dict[int, int], title: str) -> dict[int, str]:
-        """Take the reports on `pending` orders; returns why clients gave none. Of a client that replied, both ways'
-        bytes are recorded, and it leaves `order_bytes`."""
+        """Take the reports on `pending` orders; returns, by client, why there is none.
+
+        For a client that replied, the bytes of order and report are recorded. It is taken out of `order_bytes`.
+        """
         lost: dict[int, str] = {}
         deadline = time.monotonic() + self.cfg.run.round_seconds
         while pending:

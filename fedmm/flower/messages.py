@@ -112,11 +112,11 @@ def read_report(reply: Message, limit_bytes: int) -> Report:
 
 
 def replies(grid: Grid, ids: Iterable[str]) -> Iterator[tuple[str, Message | str]]:
-    """The replies that have come to these messages, each under the id of its message. A reply that Flower cannot put
-    together is a text with the reason.
+    """The replies to these messages so far, each with the id of its message. For a reply that Flower cannot put
+    together there is a text with the reason.
 
-    One at a time: a reply that cannot be read would take along the others of its call, and which message it answers is
-    a client's word too.
+    Replies are pulled one by one, because one unreadable reply makes a whole call fail. The id is the one that was
+    asked for: the id inside a reply comes from the client.
     """
     for id in ids:
         try:

@@ -22,10 +22,9 @@ log = logging.getLogger("fedmm")
 def find_clients(grid: Grid, run: RunConfig, clients: int, log_event: Callable[[Event], None]) -> dict[int, int]:
     """The node of each client 0..clients-1. Waits for them; raises FedmmError naming those that did not come.
 
-    With `run.nodes` a client is the node that was registered by that name, whatever a node says of itself: Flower gives
-    names, and keys, to nodes that its operator registered, and to no others. Without, a node is asked, and the first
-    that says a number keeps it: a later one must not push it out. A node that gives no usable answer is left aside,
-    and each is an event.
+    With `run.nodes`, client k is the node that the operator registered under the k-th name. A node's own claim does
+    not count. Without `run.nodes`, every node is asked for its number, and the first node to claim a number keeps
+    it. A node without a usable answer is left aside, and each reason is logged as an event.
     """
     deadline = time.monotonic() + run.wait_seconds
     node_of: dict[int, int] = {}

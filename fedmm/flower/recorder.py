@@ -55,7 +55,7 @@ class Recorder:
         self.folder.log(events.ArmFinished(self.cfg.label))
 
     def update(self, round: int, update: Update, traffic: Moved) -> None:
-        """Journal an update, with what its client has moved: from then on, whoever is killed, it is safe."""
+        """Journal an update and its client's traffic. From then on a kill of any process does not lose it."""
         self._traffic(round, traffic)
         self.folder.save_update(round, update)
         self.folder.log(events.UpdateArrived(round, update.client, update.metrics.get("loss")))
@@ -89,7 +89,7 @@ class Recorder:
         self._bytes(order.round, order.client, "control", Traffic(report_bytes, order_bytes, frames=1))
 
     def exchange_ended(self, round: int, traffic: Moved) -> None:
-        """What clients have moved over the link that no update has brought into the ledger: now it has all."""
+        """Add the traffic that came with no update. The ledger then has all bytes of the exchange."""
         self._traffic(round, traffic)
         self.folder.log(events.BytesCounted(round))
 
@@ -133,7 +133,7 @@ class Recorder:
 
 
 def channels(traffic: Moved) -> dict[tuple[int, str], Traffic]:
-    """Verbs as the ledger's channels; the Fisher is told apart from the adapters it travels with."""
+    """Traffic by the ledger's channels. The Fisher has its own channel, though it travels with the adapters."""
     sums: dict[tuple[int, str], Traffic] = defaultdict(Traffic)
     for (client, verb), row in traffic.items():
         into = sums[client, channel_of(verb)]

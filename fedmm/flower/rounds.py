@@ -6,8 +6,8 @@
     merge       the rule over the journal in client order; the server's alignment, if the arm has one
     record      the round's row, its checkpoint, its event
 
-Tensors are not here: the host serves the state and journals the updates; Flower's messages say who works and how it
-went. Files are the recorder's.
+No tensors pass through here: the host serves the state and takes the updates. Flower's messages carry orders and
+reports. The recorder writes the files.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class _Rounds:
         return self.exchange(self._orders(drawn), f"round {drawn.round}")
 
     def _gather(self, drawn: _Drawn, failed: Mapping[int, str]) -> tuple[list[int], dict[int, str]]:
-        """The clients whose updates are safe, read once: the round is made of these; and why the others are lost."""
+        """The clients whose updates are in the journal, which make up the round; and why the others are lost."""
         arrived = self.folder.arrived(drawn.round)
         silent = "reported, but sent no update"
         lost = {client: failed.get(client, silent) for client in drawn.clients if client not in arrived}
@@ -178,20 +178,24 @@ class _Rounds:
     def _product_error(
         self, round: int, arrived: Sequence[int], current: State, merged: State
     ) -> dict[str, float] | None:
-        """How far each pair's product is from the mean of the clients', less those that `fault` makes send garbage;
-        None where that is too much work to tell."""
+        """How far each pair's merged product is from the mean of the clients' products.
+
+        Clients that send garbage (`fault`) are left out. None if this is too much work.
+        """
         honest = [client for client in arrived if not self.cfg.fault or client not in self.cfg.faulty]
         merged, current = self.common | merged, self.common | current
         if lowrank.error_cost(current, len(honest)) > ERROR_COST_LIMIT:
-            log.warning("round %d: the rule's product error is not told: %d clients are too many", round, len(honest))
+            log.warning("round %d: no product error: it takes too long for %d clients", round, len(honest))
             return None
         updates, weights = self.folder.updates(round, honest), running.weights_of(self.rule)
         errors = lowrank.product_error(merged, current, updates, scale=self.scale, weights=weights)
         return {name: error for name, error in errors.items() if math.isfinite(error)}
 
     def score(self, round: int, current: State) -> None:
-        """After the last round: everybody is scored on the final state, nobody trains. Who was lost is asked again,
-        where there is time: of one that said nothing for all of it, no more is expected."""
+        """After the last round: score every client on the final state; no client trains.
+
+        A client that was lost is asked once more, unless `run.round_seconds` are over.
+        """
         lost, deadline = dict.fromkeys(self.everybody, ""), time.monotonic() + self.cfg.run.round_seconds
         for _ in range(SCORINGS):
             self.host.open_round(round, current, [], partial(state_for, self.cfg), scale=self.scale)
@@ -205,9 +209,9 @@ class _Rounds:
             raise FedmmError(f"no client scored the final state; {_listed(lost)}")
 
     def _orders(self, drawn: _Drawn) -> list[Order]:
-        """Who trains and who is scored on the state of the round before; before the first round that is everybody.
+        """One order for each client that trains or is scored. Scores are of the state of the round before.
 
-        A client that has reported to a server which was then killed is asked for nothing again.
+        In round 1 every client is scored. A client that reported before the server was killed is not asked again.
         """
         round, every = drawn.round, self.cfg.evaluate.every
         scored = self.everybody if round == 1 else drawn.clients if every and (round - 1) % every == 0 else []

@@ -70,7 +70,7 @@ def plan(overrides: list[str]) -> list[Arm]:
 def run(grid: Grid, arms: list[Arm], *, page: bool = True) -> Path:
     """Run the arms in turn and write the report, unless `page` is false. Returns the run's folder.
 
-    The folder is there once the LLM is loaded. `fedmm report` writes the report later.
+    The folder is there once the LLM is loaded. `fedmm.results.report.write` can write the report later.
     """
     for arm in arms:
         descriptors.claim(arm.cfg)

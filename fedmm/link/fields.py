@@ -48,9 +48,9 @@ class Place:
 
 @dataclass(frozen=True)
 class One(Place):
-    """A tensor. One that floats is finite; `codec` is the kind of codec that it is written by, if any.
+    """A tensor. A floating one must be finite. `codec` is the kind of codec that writes it, if any.
 
-    Entries lie below the size of the letter `below`, and from 0; those that are `but` count nothing.
+    With `below`, entries must be at least 0 and less than that letter's size. Entries equal to `but` are exempt.
     """
 
     name: str
@@ -122,9 +122,9 @@ class Many(Place):
 
 @dataclass(frozen=True)
 class Named(Place):
-    """Tensors under names that are no matter of the link, behind a prefix or as the whole frame.
+    """Tensors under names that the link does not know, behind a prefix or as the whole frame.
 
-    With `flag` the header says whether there are any: an empty state is another thing than none.
+    With `flag`, the header says whether there is a state, because an empty state is not the same as none.
     """
 
     prefix: str = ""

@@ -3,8 +3,8 @@
 Both ends make and read frames by these classes; tensors and verbs are named here and in `steps`, and nowhere else.
 `docs/MESSAGES.md` is their table, written by `python scripts/messages.py`.
 
-A new field is compatible where it has a default: the default is not sent, and an end that does not know a field does
-not look for it. Any other change makes `wire.PROTOCOL` one higher.
+A new field is compatible if it has a default: the default is not sent, and an end that does not know a field does not
+look for it. For any other change, raise `wire.PROTOCOL` by one.
 """
 
 from __future__ import annotations
@@ -298,12 +298,12 @@ class LossRequest(StepRequest):
 class StepSquares(Reply):
     h_grads: Annotated[tuple[Tensor, ...], Many(One("grad/h", "N R", ANY, "gradients"))]
     squares: Annotated[tuple[Tensor, ...], Many(One("squares", "D R", ANY))]
-    image_ND: Annotated[Tensor | None, One("grad/image_segment", "M D", ANY, "gradients")] = None
+    image_ND: Annotated[Tensor | None, One("grad/image_part", "M D", ANY, "gradients")] = None
 
 
 @dataclass(frozen=True)
 class SquaresRequest(StepRequest):
-    """What a diagonal Fisher needs: gradients by each h, and the sum over samples of the squared ones by each up."""
+    """What a diagonal Fisher needs: gradients by each h, and squared gradients by each up, summed over samples."""
 
     verb, channel, reply = "squares", "steps", StepSquares
     keep_BA: Annotated[Tensor, KEEP]
@@ -345,9 +345,9 @@ def channel_of(verb: str) -> str:
 
 @dataclass(frozen=True)
 class StepSize:
-    """How large a frame's step is, by what can be told before its tensors are unpacked.
+    """The size of a frame's step, read before its tensors are unpacked.
 
-    `pairs` are rows of branches that learn from another one, `sent` the numbers in the tensors of the frame.
+    `pairs` counts the rows of branches that learn from another one, `sent` the entries of all tensors.
     """
 
     mask_BT: Tensor

@@ -41,7 +41,7 @@ class HostRefused(FedmmError):
 
 
 class FeaturesGone(HostRefused):
-    """The host has lost features that it held; `rows` are the samples whose. They can be sent again."""
+    """The host has lost features of the samples in `rows`. They can be sent again."""
 
     def __init__(self, message: str, rows: list[int]) -> None:
         super().__init__(message)

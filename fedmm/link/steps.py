@@ -110,7 +110,7 @@ class Terms(Place):
 
 @dataclass(frozen=True)
 class FactoredStep:
-    """What the host forms embeddings from. Of the last three, which stand for the images, one is given.
+    """What the host forms embeddings from. Exactly one of `keys_SK`, `features` and `image_ND` gives the images.
 
     `keys_SK` name features that the host holds, for each of the S samples with images. `image_ND` are image positions
     behind the connector, where something trains in front of the LLM.

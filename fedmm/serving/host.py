@@ -35,7 +35,7 @@ from fedmm.storage import memory
 from fedmm.types import FedmmError, State
 
 log = logging.getLogger("fedmm.host")
-NOTES, NOTE_CHARACTERS = 20, 300  # of one session in the log, and of each
+NOTES, NOTE_CHARACTERS = 20, 300  # log lines for one session, and characters in each
 IDLE_DEADLINES = 10  # of silence, after which a session gives way to clients that wait for one
 FREE_REFUSALS = 20  # of a client in a round; each further one is answered after a pause
 REFUSAL_PAUSE_SECONDS = 0.5  # four clients that sent wrong steps without a pause made a victim four times slower
@@ -155,9 +155,9 @@ class Host:
     ) -> None:
         """Serve `current` as the state of `round` to whoever has its token; take one update from each of `clients`.
 
-        What of it a client gets is `down(client, current)`, and its update's delta has the names and shapes of
-        `up(client, current)`; it may lack what only an image can train. What of it is folded (`rule=stack`) goes, times
-        the adapters' `scale`, under the bases that are formed here.
+        A client gets `down(client, current)`. Its update's delta must have the names and shapes of
+        `up(client, current)`, but may lack tensors that only an image can train. Tensors that are folded into the base
+        (`rule=stack`) are added to the base here, times the adapters' `scale`.
         """
         self._features.fold(current, scale)
         with self._lock:
@@ -237,9 +237,11 @@ class Host:
                 del self._sessions[client]
 
     def _watch(self) -> None:
-        """Cut a session whose frame has begun, in either direction, and does not go on; and, while clients wait for a
-        session, the one that has been silent longest, if that is long: a client may encode or compute for a while
-        between two frames."""
+        """Cut every session in which a frame has begun, in either direction, and does not go on.
+
+        While clients wait for a session, also cut the one that has been silent longest, after `IDLE_DEADLINES`
+        deadlines: a client may encode or compute for a while between two frames.
+        """
         while not self._closed.wait(min(1.0, self._limits.deadline_seconds / 4)):
             now = time.monotonic()
             with self._lock:

@@ -26,8 +26,9 @@ from fedmm.edge.prepare import collate, prepare
 from fedmm.evaluate.answers import Answer
 from fedmm.federation import build
 from fedmm.federation import client as client_side
-from fedmm.flower import inprocess
+from fedmm.flower import exchange, inprocess
 from fedmm.flower import rounds as server_side
+from fedmm.flower.recorder import Recorder
 from fedmm.flower.server_app import plan
 from fedmm.link import wire
 from fedmm.model import SplitModel
@@ -35,7 +36,7 @@ from fedmm.results import intervals
 from fedmm.runs import records, summary
 from fedmm.runs.events import RunBegan
 from fedmm.runs.folder import RunFolder, latest_checkpoint, read_rows
-from fedmm.serving.host import Host
+from fedmm.serving.verbs import Verbs
 from fedmm.storage import machine_cache
 from fedmm.types import FedmmError
 
@@ -355,7 +356,7 @@ def test_a_client_lost_in_the_last_scoring_is_asked_again_and_else_said_to_be_mi
 
 @pytest.mark.run
 def test_who_says_nothing_for_all_of_the_last_scoring_is_not_waited_for_again(backbone, tmp_path, monkeypatch):
-    carry_out, record = client_side.carry_out, server_side._Arm._record
+    carry_out, record = client_side.carry_out, Recorder.report
     asked, recorded = [], []
 
     class Clock:
@@ -375,13 +376,14 @@ def test_who_says_nothing_for_all_of_the_last_scoring_is_not_waited_for_again(ba
             time.sleep(1)
         return carry_out(order)
 
-    def recording(arm, order, report):
-        record(arm, order, report)
+    def recording(recorder, order, report):
+        record(recorder, order, report)
         recorded.extend([order.client] * (order.round == 2))
 
     monkeypatch.setattr("fedmm.flower.client_app.carry_out", silent)
-    monkeypatch.setattr(server_side._Arm, "_record", recording)
-    monkeypatch.setattr(server_side, "time", Clock())
+    monkeypatch.setattr(Recorder, "report", recording)
+    for module in (server_side, exchange):
+        monkeypatch.setattr(module, "time", Clock())
     path = run(backbone, tmp_path / "run", "arm=local", "rounds=1", "run.at_once=3", page=True)
     assert json.loads((path / "summary.json").read_text())["unscored"] == [1] and len(asked) == 1
     assert "did not report within run.round_seconds" in (path / "report.html").read_text()
@@ -592,7 +594,7 @@ def test_compare_takes_each_seed_once_and_names_the_arms(backbone, tmp_path, cap
     assert capsys.readouterr().out.count("| FedNano |") == 1, "named twice, it is one run"
     again = str(run(backbone, tmp_path / "again", "rounds=1"))
     assert main(["compare", path, again]) == 2
-    assert "FedNano with seed 0 again" in capsys.readouterr().err
+    assert "both have FedNano with seed 0" in capsys.readouterr().err
     assert main(["compare", path, "--against", "fedavg"]) == 2
     assert "'FedAvg'" in capsys.readouterr().err
 
@@ -606,18 +608,18 @@ def test_feddats_local_adapter_moves_in_every_round_and_stays_at_home(
     evaluated = []
     sent: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     anchors: dict[int, dict[str, torch.Tensor]] = {}
-    take, load = Host._take_update, client_side._load_sets
+    take, load = Verbs._take_update, client_side._load_sets
 
-    def watched(self, visit, frame, traffic):
-        sent[visit.client, visit.round] = tree.clone(frame.tensors)
-        return take(self, visit, frame, traffic)
+    def watched(self, caller, frame, traffic):
+        sent[caller.client, caller.round] = tree.clone(frame.tensors)
+        return take(self, caller, frame, traffic)
 
     def loaded(cfg, edge, order, anchor):
         load(cfg, edge, order, anchor)
         anchors[order.round] = tree.clone(anchor)
         evaluated.append((order.round, tree.digest(edge.state("frozen")), tree.digest(anchor)))
 
-    monkeypatch.setattr(Host, "_take_update", watched)
+    monkeypatch.setattr(Verbs, "_take_update", watched)
     monkeypatch.setattr(client_side, "_load_sets", loaded)
     kept: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     save = machine_cache.save_private

@@ -275,7 +275,7 @@ def test_another_search_or_budget_is_not_known(tmp_path, ran):
     assert len(ran) == 3, "the search was on other data"
     ran.clear()
     runner.run(tmp_path / "fixed", [*asked, "rounds=3", "optimizer.lr=3e-3"], None, known=known, say=said.append, **how)
-    assert ran == ["FedAvg 0.003 0"] and "is known with rounds=8, and not with 3" in "".join(said)
+    assert ran == ["FedAvg 0.003 0"] and "has rounds=8 there, and 3 here" in "".join(said)
 
 
 @pytest.mark.run
@@ -382,7 +382,7 @@ def test_a_search_ends_before_a_value_whose_run_fails(tmp_path, monkeypatch):
         across = "scenario" if folder.name == "b" else None
         made = runner.run(folder, asked, plan.search("optimizer.lr=1e-3,3e-3,9e-3", across), **how)
         assert {choice.chosen for choice in made.choices} == {"0.009"} and len(made.runs) == 2
-    assert "a search ends before a value whose run failed" in "".join(said)
+    assert "the search stops before a value whose run failed" in "".join(said)
     with pytest.raises(FedmmError, match="2 of 6 runs failed"):
         runner.run(tmp_path / "c", asked, plan.search("optimizer.lr=1e-3,3e-3,2e-2"), **how)
 
