@@ -21,7 +21,7 @@ from fedmm.link.session import HostRefused
 from fedmm.methods.feddpa import feddpa
 from fedmm.methods.feddpa import schema as feddpa_schema
 from fedmm.methods.lora import lora
-from fedmm.model import Model, SplitModel
+from fedmm.model import SplitModel
 from fedmm.runs import summary
 from fedmm.storage import machine_cache
 from fedmm.train import train
@@ -228,7 +228,7 @@ def test_feddpa_tunes_local_adapters_on_the_shared_one_at_the_end(backbone, tmp_
 
 def test_feddpa_says_which_adapters_act(edge, local_llm, batch, monkeypatch):
     acting = []
-    monkeypatch.setattr(Model, "answer_loss", lambda model, batch, use: (acting.append(use), torch.tensor(0.0))[1])
+    monkeypatch.setattr(SplitModel, "answer_loss", lambda model, batch, use: (acting.append(use), torch.tensor(0.0))[1])
     for round in (1, 2, 3):
         list(feddpa(SplitModel(edge, local_llm), batch, Step(round, 3, 1, 1, {}), tune=1))
     assert acting == [("shared",), ("shared",), ("shared", "local")]
