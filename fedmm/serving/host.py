@@ -53,7 +53,7 @@ class _Session:
     noted: int = 0  # times that its client did something wrong
     moved: float = field(default_factory=time.monotonic)  # when something came or went last
     moving: bool = False  # whether a frame has begun, in either direction, and is not whole
-    cut: bool = False
+    cut: bool = False  # for its bytes; they count no more, as they are on their way out
 
     @property
     def client(self) -> int:
@@ -62,10 +62,6 @@ class _Session:
     @property
     def taken_bytes(self) -> int:
         return self.frame_bytes + self.caller.size_bytes
-
-    def end(self) -> None:
-        self.cut = True
-        self.context.cancel()
 
 
 class _Cut(Exception):
@@ -252,7 +248,7 @@ class Host:
                     late.append(min(silent, key=lambda session: session.moved))
             for session in late:
                 self._note(session, "its session is cut: it holds a frame, or others wait and it is silent")
-                session.end()
+                session.context.cancel()
 
     def _watched(self, chunks: Iterator[bytes], session: _Session) -> Iterator[bytes]:
         """The chunks, noting on the session when one came, that a frame is being read, and its bytes so far."""
@@ -264,23 +260,31 @@ class Host:
 
     def _bound(self, session: _Session) -> None:
         """Cut the sessions that take most memory while all together take too much. Raises _Cut where this is one."""
-        with self._lock:
-            sessions = [other for other in self._sessions.values() if not other.cut]
-            over = sum(other.taken_bytes for other in sessions) - self._frames_bytes
-            largest = sorted(sessions, key=lambda other: other.taken_bytes, reverse=True) if over > 0 else []
-        for other in largest:
-            if over <= 0:
-                break
-            over -= other.taken_bytes
+        cut: _Cut | None = None
+        for other, taken_bytes in self._over_the_bound():
             reason = (
-                f"its session is cut: its frame and steps take {other.taken_bytes >> 20} MB, and those of all clients "
+                f"its session is cut: its frame and steps take {taken_bytes >> 20} MB, and those of all clients "
                 f"together more than {self._frames_bytes >> 20}; raise link.frames_mb or lower link.pending"
             )
             self._note(other, reason)
-            other.cut = True
             if other is session:
-                raise _Cut(reason)
-            other.end()
+                cut = _Cut(reason)
+            else:
+                other.context.cancel()
+        if cut is not None:
+            raise cut  # only now: the others are given out once
+
+    def _over_the_bound(self) -> list[tuple[_Session, int]]:
+        """The sessions to cut, largest first, each with its bytes. Each is given out once: two threads may ask."""
+        with self._lock:
+            taken = {session: session.taken_bytes for session in self._sessions.values() if not session.cut}
+            over, chosen = sum(taken.values()) - self._frames_bytes, []
+            for session in sorted(taken, key=taken.__getitem__, reverse=True):
+                if over <= 0:
+                    break
+                session.cut, over = True, over - taken[session]
+                chosen.append((session, taken[session]))
+            return chosen
 
     def _admit(self, context: grpc.ServicerContext) -> _Session:
         """Let a client in, where a session is free.
@@ -345,19 +349,19 @@ class Host:
             self._pause(session)
             failure = messages.Failure(f"{frame.verb[:32]}: {error}"[:4096])
         except Exception as error:  # a fault of ours must reach the client by name, and end nobody else's session
-            session.noted += 1
-            if session.noted <= NOTES:
-                log.exception("%s of client %d failed", one_line(frame.verb[:32]), session.client)
+            self._note(session, f"{frame.verb[:32]} failed at the host", fault=error)
             self._pause(session)
             failure = messages.Failure(f"{frame.verb} failed at the host: {type(error).__name__}: {error}"[:4096])
         return failure.to_frame(messages.Failure.FAILS)
 
-    def _note(self, session: _Session, text: str) -> None:
-        """Log what a client did wrong, in one line; of one that does nothing else, the first times of a session."""
+    def _note(self, session: _Session, text: str, fault: Exception | None = None) -> None:
+        """Log what a client did wrong, in one line; of one that does nothing else, the first times of a session.
+        A `fault` of the host's own is logged with its traceback."""
         session.noted += 1
         if session.noted <= NOTES:
             last = "; no more of this session is logged" if session.noted == NOTES else ""
-            log.warning("client %d: %s%s", session.client, one_line(text, NOTE_CHARACTERS), last)
+            level = logging.ERROR if fault else logging.WARNING
+            log.log(level, "client %d: %s%s", session.client, one_line(text, NOTE_CHARACTERS), last, exc_info=fault)
 
     def _pause(self, session: _Session) -> None:
         """Have a client that is refused again and again wait: what is refused costs others, and no queue counts it."""
