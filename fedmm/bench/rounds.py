@@ -14,10 +14,9 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from unittest import mock
 
 from omegaconf import OmegaConf
@@ -69,19 +68,21 @@ def cases(size: Size) -> Iterator[Case]:
 
 def _rounds(cfg: Config, overrides: list[str], loaded: Whole) -> list[float]:
     """Seconds of the rounds after the first."""
-    rows = _rows(cfg, overrides, loaded, "events.jsonl")
-    return [row["seconds"] for row in rows if row["event"] == events.RoundEnded.kind and row["round"] > 1]
+    with _finished(cfg, overrides, loaded) as folder:
+        ended = [logged.event for logged in events.read(folder.path) if isinstance(logged.event, events.RoundEnded)]
+    return [event.seconds for event in ended if event.round > 1]
 
 
 def _fixed(cfg: Config, overrides: list[str], loaded: Whole) -> list[float]:
     """Each client's seconds in the second round, less those of its training; nobody is scored in it."""
-    rows = _rows(cfg, overrides, loaded, "ledger.jsonl")
-    second = [row for row in rows if row["kind"] == "client" and row["round"] == 2]
+    with _finished(cfg, overrides, loaded) as folder:
+        second = [row for row in folder.rows("ledger.jsonl") if row["kind"] == "client" and row["round"] == 2]
     return [row["seconds"] - row["train_seconds"] - row["fisher_seconds"] for row in second]
 
 
-def _rows(cfg: Config, overrides: list[str], loaded: Whole, name: str) -> list[dict[str, Any]]:
-    """What a whole run in this process writes into a file of its folder."""
+@contextmanager
+def _finished(cfg: Config, overrides: list[str], loaded: Whole) -> Iterator[RunFolder]:
+    """The folder of a whole run in this process."""
     with (
         TemporaryDirectory() as path,
         mock.patch.dict(os.environ, {"FEDMM_HOME": f"{path}/home"}),
@@ -90,7 +91,7 @@ def _rows(cfg: Config, overrides: list[str], loaded: Whole, name: str) -> list[d
     ):
         folder = RunFolder(Path(path) / "run", OmegaConf.to_yaml(cfg), overrides)
         run_arm(grid, find_clients(grid, cfg.run, cfg.clients, folder.log), cfg, overrides, loaded, folder, store)
-        return list(folder.rows(name))
+        yield folder
 
 
 def _alone(cfg: Config, loaded: Whole) -> float:

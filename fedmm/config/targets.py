@@ -89,10 +89,11 @@ def _partial(content: _Content, _environment: tuple[str, ...]) -> Callable[..., 
 
 
 def _instantiated(node: DictConfig) -> Any:
+    anywhere = frozenset().union(*listed().values())
     for path, _, inner in _walk(node):
         if "_args_" in inner:
             raise ConfigError(f"{path}._args_: name the arguments of {inner['_target_']}")
-        if not _admitted(str(inner["_target_"]), frozenset().union(*listed().values())):
+        if not _admitted(str(inner["_target_"]), anywhere):
             raise ConfigError(f"_target_={inner['_target_']} is named by no file of conf/, nor by FEDMM_ALLOW_TARGETS")
     try:
         return instantiate(node, _convert_="all")

@@ -94,19 +94,26 @@ class Gate:
             body = await _read(headers, receive, grow)
             if path == "/v1/fleet/push-messages":
                 _check_senders(body)
-            content = bytearray()
-            try:
-                async with self._superlink.stream("POST", path, content=body, headers=_flowers(headers)) as reply:
-                    async for piece in reply.aiter_bytes():
-                        grow(len(piece))
-                        content += piece
-            except httpx.HTTPError:
-                raise _Refused(502) from None
+            reply, content = await self._ask(path, headers, body, grow)
             if reply.status_code == 200:
                 self._bodies.let_in(key)
-            if path == "/v1/fleet/get-fab" and reply.status_code == 200 and self._signature is not None:
-                content[:] = _signed(bytes(content), self._signature)
-            await _answer(send, reply.status_code, _flowers(reply.headers.raw), bytes(content))
+                if path == "/v1/fleet/get-fab" and self._signature is not None:
+                    content = _signed(content, self._signature)
+            await _answer(send, reply.status_code, _flowers(reply.headers.raw), content)
+
+    async def _ask(
+        self, path: str, headers: Headers, body: bytes, grow: Callable[[int], None]
+    ) -> tuple[httpx.Response, bytes]:
+        """The SuperLink's reply, and its body."""
+        content = bytearray()
+        try:
+            async with self._superlink.stream("POST", path, content=body, headers=_flowers(headers)) as reply:
+                async for piece in reply.aiter_bytes():
+                    grow(len(piece))
+                    content += piece
+        except httpx.HTTPError:
+            raise _Refused(502) from None
+        return reply, bytes(content)
 
 
 class _Bodies:

@@ -74,12 +74,12 @@ def run(grid: Grid, arms: list[Arm], *, page: bool = True) -> Path:
     """
     for arm in arms:
         descriptors.claim(arm.cfg)
-    held = whole(arms[0].cfg)
+    loaded = whole(arms[0].cfg)
     with alone(arms[0].folder):
-        return _run(grid, arms, held, page)
+        return _run(grid, arms, loaded, page)
 
 
-def _run(grid: Grid, arms: list[Arm], held: Whole, page: bool) -> Path:
+def _run(grid: Grid, arms: list[Arm], loaded: Whole, page: bool) -> Path:
     folders = [RunFolder(arm.folder, OmegaConf.to_yaml(arm.cfg), arm.overrides) for arm in arms]
     top = folders[0]
     try:
@@ -87,7 +87,7 @@ def _run(grid: Grid, arms: list[Arm], held: Whole, page: bool) -> Path:
         nodes = find_clients(grid, arms[0].cfg.run, arms[0].cfg.clients, top.log)
         with closing(_feature_store(arms[0].cfg, top.path)) as store:
             for arm, folder in zip(arms, folders, strict=True):
-                run_arm(grid, nodes, arm.cfg, arm.overrides, held, folder, store)
+                run_arm(grid, nodes, arm.cfg, arm.overrides, loaded, folder, store)
         top.log(RunFinished(str(report.write(top.path)) if page else ""))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)

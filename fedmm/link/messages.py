@@ -366,11 +366,16 @@ class StepSize:
             mask_BT,
             branches,
             answers=keep.shape[1] if keep is not None and keep.dim() == 2 else 1,
-            pairs=len(mask_BT) * branches * (branches - 1) if _WEIGHTS.stands_in(frame) else 0,
+            pairs=pairs_of(len(mask_BT), branches) if _WEIGHTS.stands_in(frame) else 0,
             grad=bool(wanted) or frame.verb == SquaresRequest.verb,
             tokens=_MAX_TOKENS.read(frame, {}) if _MAX_TOKENS.stands_in(frame) else 0,
             sent=sum(tensor.numel() for tensor in frame.tensors.values()),
         )
+
+
+def pairs_of(rows: int, branches: int) -> int:
+    """How often a row of one branch learns from another branch."""
+    return rows * branches * (branches - 1)
 
 
 def _coded() -> Iterator[tuple[str, str]]:

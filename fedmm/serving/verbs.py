@@ -136,8 +136,7 @@ class Verbs:
         request = self._read.request(messages.ForwardRequest, frame)
         step, number = self._read.step(request.step, caller.client, request.grads), request.number
         keep_BA = self._read.keep(request.keep_BA, step.mask_BT.shape[1])
-        if len(step.branches) != 1:
-            raise ValueError(f"forward takes one branch, got {len(step.branches)}")
+        _check_one_branch(step, frame)
         if number in caller.pending:
             raise ValueError(f"step {number} already waits for its backward; give each forward a number of its own")
         if step.leaves and len(caller.pending) >= self._pending_limit:
@@ -181,7 +180,7 @@ class Verbs:
             return torch.stack(branch_losses(logits, labels_BA, mutual, request.reduction))
 
         rows = _rows(step, keep_BA)
-        pairs = len(keep_BA) * len(rows) * (len(rows) - 1) if mutual else 0
+        pairs = messages.pairs_of(len(keep_BA), len(rows)) if mutual else 0
         passed = self._engine.run(rows, values, grad=bool(step.leaves), pairs=pairs, client=caller.client)
         traffic.llm_seconds += passed.seconds
         traffic.llm_samples += len(keep_BA) * len(rows)
@@ -193,8 +192,7 @@ class Verbs:
         step = self._read.step(request.step, caller.client)
         keep_BA = self._read.keep(request.keep_BA, step.mask_BT.shape[1])
         labels_BA = self._read.labels(request.labels_BA)
-        if len(step.branches) != 1:
-            raise ValueError(f"squares takes one branch, got {len(step.branches)}")
+        _check_one_branch(step, frame)
 
         def values(logits: list[Tensor]) -> Tensor:
             return answer_cross_entropy(logits[0], labels_BA, reduction="sum")
@@ -209,8 +207,7 @@ class Verbs:
     def _generate(self, caller: Caller, frame: wire.Frame, traffic: Traffic) -> wire.Frame:
         request = self._read.request(messages.GenerateRequest, frame)
         step = self._read.step(request.step, caller.client)
-        if len(step.branches) != 1:
-            raise ValueError(f"generate takes one branch, got {len(step.branches)}")
+        _check_one_branch(step, frame)
         B, T = step.mask_BT.shape
         tokens_BN, seconds = self._engine.alone(
             lambda: self._llm.generate(step.branches[0], step.mask_BT, request.terms, request.max_tokens),
@@ -220,6 +217,11 @@ class Verbs:
         traffic.llm_seconds += seconds
         traffic.llm_samples += len(tokens_BN)
         return messages.Tokens(tokens_BN).to_frame(frame.verb)
+
+
+def _check_one_branch(step: requests.Read, frame: wire.Frame) -> None:
+    if len(step.branches) != 1:
+        raise ValueError(f"{frame.verb} takes one branch, got {len(step.branches)}")
 
 
 def _rows(step: requests.Read, keep_BA: Tensor) -> list[Rows]:
